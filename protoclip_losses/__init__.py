@@ -1,0 +1,28 @@
+"""The prototype-level objective of ProtoCLIP (https://arxiv.org/abs/2206.10996) for any CLIP training loop."""
+
+from . import functional
+from ._version import __version__
+from .back_translation import PrototypicalBackTranslation
+from .clustering import Clusters, EpisodicClusterer, Prototypes, PrototypeTerm
+from .episodes import Episode, EpisodeSampler, FeatureBank
+from .heads import ProjectionHead
+from .losses import InfoNCE, ProtoLoss, PrototypeLoss
+from .teachers import TeacherAdapter
+
+__all__ = [
+    "Clusters",
+    "Episode",
+    "EpisodeSampler",
+    "EpisodicClusterer",
+    "FeatureBank",
+    "InfoNCE",
+    "ProjectionHead",
+    "ProtoLoss",
+    "PrototypeLoss",
+    "PrototypeTerm",
+    "Prototypes",
+    "PrototypicalBackTranslation",
+    "TeacherAdapter",
+    "__version__",
+    "functional",
+]

@@ -1,0 +1,140 @@
+"""Input checks shared by every public call: each error names the argument, what came and what was wanted."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape(x: Tensor) -> str:
+    """The shape of a tensor as it is written in messages."""
+    return str(tuple(x.shape))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and log-sum-exp: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def values_are_checked(like: Tensor, check_values: bool | None) -> bool:
+    """Whether this call reads tensor *values* to check them: by default on CPU in eager mode, where that is free of syncs."""
+    if check_values is not None:
+        return check_values
+    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def matrix(name: str, x: Tensor, *, rows: int | None = None, width: int | None = None, of: str = "") -> None:
+    """Check that ``x`` is a floating-point (rows, width) matrix; ``of`` says where the expected size comes from."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions (rows, width), got shape {shape(x)}")
+    if rows is not None and x.shape[0] != rows:
+        raise ValueError(f"{name} must have {rows} rows{of}, got shape {shape(x)}")
+    if width is not None and x.shape[1] != width:
+        raise ValueError(f"{name} must have width {width}{of}, got shape {shape(x)}")
+
+
+def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "") -> None:
+    """Check that ``x`` is an int64 vector."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {x.dtype}")
+    if x.dim() != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {shape(x)}")
+    if length is not None and x.shape[0] != length:
+        raise ValueError(f"{name} must have {length} entries{of}, got {x.shape[0]}")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors live on the same device."""
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} but {other_name} is on {other.device}; move one of them")
+
+
+def valid_mask(valid: Tensor | None, num_prototypes: int) -> None:
+    """Check the (K,) bool mask of prototypes that exist."""
+    if valid is None:
+        return
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        got = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid must be a bool tensor, got {got}")
+    if valid.shape != (num_prototypes,):
+        raise ValueError(f"valid must have shape ({num_prototypes},) as prototypes has rows, got {shape(valid)}")
+
+
+def chunk_rows(chunk_size: int | None) -> None:
+    """Check the number of rows that are worked on at a time."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
+
+
+def positive_int(name: str, value: int) -> int:
+    """Check a count given to a constructor."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def finite(name: str, x: Tensor, what: str = "rows") -> None:
+    """Raise if ``x`` holds NaN or Inf, with the number of rows that do."""
+    if not bool(torch.isfinite(x).all()):
+        bad = ~torch.isfinite(x).reshape(x.shape[0], -1).all(1) if x.dim() else ~torch.isfinite(x).reshape(1)
+        where = f": {int(bad.sum())} of {bad.numel()} {what}, the first at {int(bad.int().argmax())}" if x.dim() else ""
+        raise ValueError(f"{name} must be finite, got NaN or Inf{where}")
+
+
+def label_range(name: str, labels: Tensor, num_prototypes: int, ignored: Tensor | None = None, hint: str = "") -> None:
+    """Raise if a label that counts is outside [0, num_prototypes)."""
+    bad = (labels < 0) | (labels >= num_prototypes)
+    if ignored is not None:
+        bad &= ~ignored
+    if bool(bad.any()):
+        first = int(bad.int().argmax())
+        raise ValueError(
+            f"{name} must lie in [0, {num_prototypes}){hint}, got {int(labels[first])} at position {first} "
+            f"({int(bad.sum())} of {labels.numel()} out of range)"
+        )
+
+
+def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | None) -> Tensor:
+    """Return the exponentiated logit scale as a 0-d tensor in the accumulation dtype of ``like``; gradients flow through."""
+    dtype = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a float or a tensor of shape () or (1,), got shape {shape(value)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        tensor = value.reshape(()).to(device=like.device, dtype=dtype)
+    elif isinstance(value, (int, float)):
+        tensor = torch.full((), float(value), dtype=dtype, device=like.device)
+    else:
+        raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
+    if values_are_checked(like, check_values) and not bool(torch.isfinite(tensor)):
+        raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {float(tensor)}")
+    return tensor
+
+
+def temperature(name: str, value: float) -> float:
+    """Check the temperature of soft targets."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def optional_temperature(name: str, value: float | None) -> float | None:
+    """A temperature, or None for hard targets: None itself or any value that is not positive."""
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0):
+        return None
+    return temperature(name, value)

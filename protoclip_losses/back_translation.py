@@ -1,0 +1,81 @@
+"""Prototypical Back Translation as a module that also streams."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks as check
+from .functional.back_translation import back_translate, label_sums, means
+
+
+class PrototypicalBackTranslation(nn.Module):
+    r"""Prototypical Back Translation (PBT), at once or streamed.
+
+    .. math::
+        P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i
+
+    Called, it is :func:`protoclip_losses.functional.back_translate`. For features that do not fit in memory, pass them batch by
+    batch to :meth:`update` and take the same answer from :meth:`compute`; a streamed sum is kept in float64.
+
+    Args:
+        num_prototypes: K.
+
+    Attributes:
+        counts: (K,) int64, samples of each label in the last call or since :meth:`reset`; a row with none is zero.
+
+    Example:
+        >>> import torch
+        >>> pbt = PrototypicalBackTranslation(num_prototypes=2)
+        >>> pbt.update(torch.tensor([0]), torch.tensor([[1.0, 3.0]]))
+        >>> pbt.update(torch.tensor([0]), torch.tensor([[3.0, 5.0]]))
+        >>> pbt.compute(), pbt.counts
+        (tensor([[2., 4.],
+                [0., 0.]]), tensor([2, 0]))
+
+    Source:
+        ProtoCLIP section III-C, https://arxiv.org/abs/2206.10996.
+    """
+
+    def __init__(self, num_prototypes: int) -> None:
+        super().__init__()
+        self.num_prototypes = check.positive_int("num_prototypes", num_prototypes)
+        self.reset()
+
+    def forward(self, labels: Tensor, features: Tensor) -> Tensor:
+        """Prototypes (K, D) of labels (N,) and features (N, D); independent of what was streamed."""
+        prototypes, self.counts = back_translate(labels, features, self.num_prototypes)
+        return prototypes
+
+    def reset(self) -> None:
+        """Forget what was streamed."""
+        self.counts = torch.zeros(self.num_prototypes, dtype=torch.int64)
+        self._sums: Tensor | None = None
+        self._counts = self.counts
+        self._dtype = torch.float32
+
+    def update(self, labels: Tensor, features: Tensor) -> None:
+        """Add a batch: labels (n,) int64, features (n, D)."""
+        check.matrix("features", features, width=None if self._sums is None else self._sums.shape[1], of=" as before")
+        sums, counts = label_sums(labels, features, self.num_prototypes)
+        if self._sums is None:
+            self._dtype = sums.dtype
+            self._sums, self._counts = sums.double(), counts
+        else:
+            self._sums, self._counts = self._sums + sums, self._counts + counts
+        self.counts = self._counts
+
+    def compute(self) -> Tensor:
+        """Prototypes (K, D) of everything passed to :meth:`update`."""
+        if self._sums is None:
+            raise ValueError("compute needs at least one update(labels, features) before it")
+        return means(self._sums, self._counts).to(self._dtype)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"sums": self._sums, "counts": self._counts, "dtype": str(self._dtype).removeprefix("torch.")}
+
+    def set_extra_state(self, state: Any) -> None:
+        counts = state["counts"]
+        check.integers("state_dict counts", counts, length=self.num_prototypes, of=" as num_prototypes")
+        self._sums, self._counts, self._dtype = state["sums"], counts, getattr(torch, state["dtype"])
+        self.counts = counts

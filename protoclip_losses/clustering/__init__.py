@@ -1,0 +1,6 @@
+"""Episodic clustering: K-means of an episode's features, and the prototypes made from it. One file per engine."""
+
+from .clusterer import Clusters, EpisodicClusterer
+from .prototypes import Prototypes, PrototypeTerm
+
+__all__ = ["Clusters", "EpisodicClusterer", "PrototypeTerm", "Prototypes"]

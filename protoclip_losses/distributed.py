@@ -1,0 +1,126 @@
+"""All that this library knows of torch.distributed.
+
+Each rank holds its own rows. Rows are gathered inside the loss, and gradients go back to the rank that owns them::
+
+    rank 0   z0 ──┐                    ┌── loss of rows z0 against [z0 z1] ──┐
+                  ├─ gather_rows ─[z0 z1]                                    ├─ backward: d[z0 z1] summed over
+    rank 1   z1 ──┘                    └── loss of rows z1 against [z0 z1] ──┘  ranks, each rank keeps its own part
+
+A rank's loss is its share: ``world_size * (sum over its rows) / (rows of all ranks)``. The mean of the shares is the loss
+of the whole batch, and the mean of the gradients, which DDP takes, is the gradient of one process on the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any  # torch.distributed.ProcessGroup; not importable from builds without distributed
+T = TypeVar("T")
+
+
+def active_group(process_group: Group | bool | None) -> Group | None:
+    """The group to talk to, or None where there is nobody: not initialised, one process, or ``False`` (stay local)."""
+    if process_group is False or not dist.is_available() or not dist.is_initialized():
+        return None
+    group: Any = dist.group.WORLD if process_group is None else process_group
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group does not contain this rank")
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def world_size(group: Group | None) -> int:
+    """Number of processes in the group; 1 without one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank(group: Group | None) -> int:
+    """This process's rank in the group; 0 without one."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def device_of(group: Group) -> torch.device:
+    """Where tensors have to lie for the group's collectives when they have no device of their own."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+
+
+def all_gather(x: Tensor, group: Group) -> list[Tensor]:
+    """Tensors of equal shape, one a rank, in the order of ranks."""
+    x = x.contiguous()
+    out = [torch.empty_like(x) for _ in range(world_size(group))]
+    dist.all_gather(out, x, group=group)
+    return out
+
+
+def agree(check: Callable[[], T], group: Group | None, rows: int = 0) -> tuple[T, list[int]]:
+    """Run ``check`` on every rank and share the verdict: all go on, with every rank's ``rows``, or all raise together."""
+    if group is None:
+        return check(), [rows]
+    failure: Exception | None = None
+    try:
+        result = check()
+    except Exception as error:
+        failure = error
+    mine = torch.tensor([int(failure is not None), rows], device=device_of(group))
+    verdicts = torch.stack(all_gather(mine, group)).tolist()
+    if failure is not None:
+        raise failure
+    failed = [r for r, (bad, _) in enumerate(verdicts) if bad]
+    if failed:
+        raise ValueError(f"bad input on rank(s) {failed}: the error raised there says which; this rank's input was fine")
+    return result, [n for _, n in verdicts]
+
+
+def gather_rows(x: Tensor, sizes: list[int], group: Group | None) -> Tensor:
+    """Every rank's rows, in the order of ranks; ``sizes`` says how many each has (unequal or none is fine). No gradient."""
+    if group is None:
+        return x
+    here = x.detach()
+    if dist.get_backend(group) == "nccl" and here.device.type == "cpu":
+        here = here.to(device_of(group))
+    padded = here.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: x.shape[0]] = here
+    rows = [part[:n] for part, n in zip(all_gather(padded, group), sizes, strict=True)]
+    return torch.cat(rows).to(x.device)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return gather_rows(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        start = sum(ctx.sizes[: rank(ctx.group)])
+        return grad[start : start + ctx.sizes[rank(ctx.group)]], None, None
+
+
+def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """:func:`gather_rows`, differentiable: the gradients of all ranks flow back to the owner of a row."""
+    gathered: Tensor = _GatherRows.apply(x, sizes, group)
+    return gathered
+
+
+def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
+    """The sum over ranks, as a new tensor on the device of ``x``. No gradient."""
+    if group is None:
+        return x
+    total = x.detach().clone()
+    if dist.get_backend(group) == "nccl":
+        total = total.to(device_of(group))
+    dist.all_reduce(total, group=group)
+    return total.to(x.device)
+
+
+def broadcast(x: Tensor, group: Group | None, source: int = 0) -> Tensor:
+    """The tensor of the group's rank ``source``; the others pass one of the same shape and dtype."""
+    if group is None:
+        return x
+    there = x.contiguous().to(device_of(group) if dist.get_backend(group) == "nccl" else x.device)
+    dist.broadcast(there, dist.get_global_rank(group, source), group=group)
+    return there.to(x.device)

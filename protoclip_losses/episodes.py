@@ -1,0 +1,190 @@
+"""Episodes: which samples, and a bank of their features."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _checks as check
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode of the data.
+
+    Attributes:
+        number: 0, 1, 2, ...
+        index: (episode_size,) int64, sample indices in random order, each once; the same on every rank.
+    """
+
+    number: int
+    index: Tensor
+
+    def shard(self, rank: int, world_size: int) -> Tensor:
+        """The samples of one rank: every ``world_size``-th, from ``rank`` on. Shards differ in size by at most one."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
+        return self.index[rank::world_size]
+
+
+class EpisodeSampler:
+    """Draws episodes without end, each without replacement, by a generator seeded by (seed, episode number).
+
+    The draw depends on nothing else: not on the rank, on global random state, or on what was drawn before. So every rank
+    draws the same, and a resumed run goes on where it was.
+
+    Args:
+        dataset_size: samples in the data set.
+        episode_size: samples in an episode.
+        seed: of the draw.
+
+    Example:
+        >>> sampler = EpisodeSampler(dataset_size=10, episode_size=4)
+        >>> first = next(iter(sampler))
+        >>> first.number, first.index.shape, len(first.shard(rank=0, world_size=3))
+        (0, torch.Size([4]), 2)
+        >>> sampler.number
+        1
+
+    Source:
+        ProtoCLIP section III-D, https://arxiv.org/abs/2206.10996, which draws with replacement.
+    """
+
+    def __init__(self, dataset_size: int, episode_size: int, *, seed: int = 0) -> None:
+        self.dataset_size = check.positive_int("dataset_size", dataset_size)
+        self.episode_size = check.positive_int("episode_size", episode_size)
+        if episode_size > dataset_size:
+            raise ValueError(f"episode_size must be at most dataset_size={dataset_size}, got {episode_size}")
+        self.seed = seed
+        self.number = 0
+
+    def episode(self, number: int) -> Episode:
+        """Episode ``number``, without moving the sampler."""
+        if number < 0:
+            raise ValueError(f"number must be at least 0, got {number}")
+        state = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        generator = torch.Generator().manual_seed(state)
+        return Episode(number, torch.randperm(self.dataset_size, generator=generator)[: self.episode_size])
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Episodes from the current one on; :attr:`number` is the next to be drawn."""
+        while True:
+            episode = self.episode(self.number)
+            self.number += 1
+            yield episode
+
+    def state_dict(self) -> dict[str, int]:
+        """The next episode's number, and what it is drawn from."""
+        return {
+            "number": self.number,
+            "dataset_size": self.dataset_size,
+            "episode_size": self.episode_size,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was; raises ValueError if it draws from something else."""
+        for name in ("dataset_size", "episode_size", "seed"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"state_dict has {name}={state[name]} but this sampler has {name}={getattr(self, name)}")
+        self.number = state["number"]
+
+
+class FeatureBank:
+    """An episode's projected features of every modality, by sample index: the rows that this rank extracts.
+
+    Args:
+        index: (N,) int64, this rank's samples.
+        dim: width D of image and text features; further modalities have the width they are first given in.
+        dtype: of storage; float16 halves the memory.
+        device: of storage.
+
+    Example:
+        >>> import torch
+        >>> bank = FeatureBank(torch.tensor([7, 3]), dim=2)
+        >>> bank.update(torch.tensor([3]), torch.ones(1, 2), torch.zeros(1, 2))
+        >>> bank.features["image"], bank.missing
+        (tensor([[0., 0.],
+                [1., 1.]]), 1)
+    """
+
+    def __init__(
+        self, index: Tensor, dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        check.integers("index", index)
+        if dtype not in check.FLOATS:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        self.index = index.to(index.device if device is None else device)
+        self.dim, self.dtype = check.positive_int("dim", dim), dtype
+        self.features: dict[str, Tensor] = {}
+        self.written = torch.zeros(len(index), dtype=torch.bool, device=self.index.device)
+        self._sorted, self._order = self.index.sort(stable=True)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities written so far."""
+        return tuple(self.features)
+
+    @property
+    def missing(self) -> int:
+        """Rows never written."""
+        return int((~self.written).sum())
+
+    def require_complete(self) -> None:
+        """Raise ValueError, with their count, if rows were never written."""
+        if self.missing or not self.features:
+            raise ValueError(f"bank must be complete: {self.missing} of {len(self.index)} rows were never written")
+
+    @torch.no_grad()
+    def update(self, index: Tensor, image_features: Tensor, text_features: Tensor, **other_modalities: Tensor) -> None:
+        """Write the rows of samples ``index`` (n,): features (n, D), L2-normalised by the caller.
+
+        NaN and Inf are stored as they are: :class:`EpisodicClusterer` drops, counts and bounds them.
+
+        Raises:
+            IndexError: a sample that is not in the bank.
+            ValueError: wrong shapes, or other modalities than in the first update.
+        """
+        check.integers("index", index)
+        given = {"image": image_features, "text": text_features, **other_modalities}
+        if self.features and given.keys() != self.features.keys():
+            raise ValueError(f"update must be given the modalities {sorted(self.features)} as before, got {sorted(given)}")
+        for name, x in given.items():
+            width = self.features[name].shape[1] if name in self.features else None
+            width = self.dim if name in ("image", "text") else width
+            check.matrix(f"{name}_features", x, rows=len(index), width=width, of=" as index and the bank have")
+        rows, updates = self._rows(index.to(self.index.device))
+        for name, x in given.items():
+            if name not in self.features:
+                shape = (len(self.index), x.shape[1])
+                self.features[name] = torch.zeros(shape, dtype=self.dtype, device=self.index.device)
+            self.features[name][rows] = x.to(device=self.index.device, dtype=self.dtype)[updates]
+        self.written[rows] = True
+
+    def _rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Every row of the bank that holds one of these samples (a repeated sample has several), and its place in ``index``."""
+        first = torch.searchsorted(self._sorted, index)
+        count = torch.searchsorted(self._sorted, index, right=True) - first
+        if bool((count == 0).any()):
+            unknown = index[count == 0]
+            raise IndexError(
+                f"index must name samples of the bank: {len(unknown)} of {len(index)} are not in it (sample {int(unknown[0])}, "
+                "for one)"
+            )
+        updates = torch.arange(len(index), device=index.device).repeat_interleave(count)
+        offset = torch.arange(len(updates), device=index.device) - (count.cumsum(0) - count)[updates]
+        return self._order[first[updates] + offset], updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples, features and which rows are written."""
+        return {"index": self.index, "written": self.written, "features": dict(self.features)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved bank of the same samples; raises ValueError if they are others."""
+        if not torch.equal(state["index"].to(self.index.device), self.index):
+            raise ValueError("state_dict holds other samples than this bank: index differs")
+        self.written = state["written"].to(self.index.device)
+        self.features = {k: v.to(device=self.index.device, dtype=self.dtype) for k, v in state["features"].items()}

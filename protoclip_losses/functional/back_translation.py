@@ -1,0 +1,73 @@
+"""Prototypical Back Translation: a teacher's clusters, rebuilt in the student's own space."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+
+
+def back_translate(
+    labels: Tensor, features: Tensor, num_prototypes: int, *, check_values: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Prototypes in the student's space: the mean of its own features over the samples of each teacher cluster.
+
+    .. math::
+        P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i, \qquad n_k = |\{i : a_i = k\}|
+
+    Grouping is thus decoupled from alignment: the student is pulled to where *its own* features of the cluster lie, however
+    large the gap between the modalities, and a teacher may have any width. One pass over the features, in a fixed order: the
+    same input gives the same bits, on CUDA too. Not normalised, as in the paper. The result is a constant.
+
+    Args:
+        labels: (N,) int64, the teacher's cluster of each sample; rows with label -1 are left out.
+        features: (N, D) the student's features.
+        num_prototypes: K.
+        check_values: read the values to check label range and finiteness. None means on CPU in eager mode only.
+
+    Returns:
+        ``(prototypes, counts)``: (K, D) in float32 (float64 for float64), an empty cluster's row being zero, and (K,) int64.
+
+    Raises:
+        TypeError: labels that are not int64, features that are not floating point.
+        ValueError: different N, labels outside [-1, K), non-finite features.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+        >>> back_translate(torch.tensor([0, 0, 2]), features, num_prototypes=3)
+        (tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000],
+                [2.0000, 2.0000]]), tensor([2, 0, 1]))
+
+    Source:
+        ProtoCLIP section III-C, https://arxiv.org/abs/2206.10996.
+    """
+    sums, counts = label_sums(labels, features, num_prototypes, check_values=check_values)
+    return means(sums, counts), counts
+
+
+def means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Sums (K, D) over counts (K,), with a zero row where nothing was counted."""
+    return sums / counts.clamp(min=1)[:, None].to(sums.dtype)
+
+
+@torch.no_grad()
+def label_sums(
+    labels: Tensor, features: Tensor, num_prototypes: int, *, check_values: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum (K, D) of the features under each label, and their number (K,); label -1 is left out."""
+    check.positive_int("num_prototypes", num_prototypes)
+    check.matrix("features", features)
+    check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
+    check.same_device("labels", labels, "features", features)
+    if check.values_are_checked(features, check_values):
+        ignored = labels == -1
+        check.label_range("labels", labels, num_prototypes, ignored, " or be -1")
+        check.finite("features", features[~ignored] if bool(ignored.any()) else features)
+    # Samples sorted by label are bags of rows, and a bag is summed in order. Bag 0 holds the samples that are left out.
+    order = labels.argsort(stable=True)
+    sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)
+    starts = sizes.cumsum(0) - sizes
+    wide = features.detach().to(check.accumulation_dtype(features.dtype))
+    sums = torch.nn.functional.embedding_bag(order, wide, starts, mode="sum")
+    return sums[1:], sizes[1:]

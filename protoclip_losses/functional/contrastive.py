@@ -1,0 +1,85 @@
+"""InfoNCE between two modalities on one process."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..kernels.blocks import product_dtype, rows_per_block
+from ..kernels.contrastive import pair_nll
+
+# Bytes of B x B logits that the loss may keep between its two passes. Within it three products, beyond it four.
+LOGITS_BUDGET = 512 * 2**20
+
+
+def info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    chunk_size: int | None = None,
+    check_values: bool | None = None,
+) -> Tensor:
+    r"""InfoNCE: symmetric cross-entropy of matching each image with its text and each text with its image.
+
+    .. math::
+        \mathcal{L} = \tfrac{1}{2} \left[ \mathrm{CE}(s Z^I {Z^T}^\top, \mathrm{diag})
+        + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
+
+    where :math:`Z^I, Z^T` are the features of the two modalities, row i of one belonging to row i of the other, and :math:`s` is
+    the exponentiated logit scale. No B x B tensor is held beyond 512 MiB of logits; above that they are computed twice and
+    memory is linear in B. This function knows nothing of other processes: :class:`protoclip_losses.InfoNCE` does.
+
+    Args:
+        image_features: (B, d), L2-normalised by the caller.
+        text_features: (B, d), likewise; row i is the pair of image row i.
+        logit_scale: :math:`s`, already exponentiated: a float, () or (1,). Gradients flow to it.
+        chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
+        check_values: read the values to check that they are finite. None means on CPU in eager mode only.
+
+    Returns:
+        The loss, a () tensor in float32 (float64 for float64 features): the mean over the batch.
+
+    Raises:
+        TypeError: features that are not floating-point tensors.
+        ValueError: shapes that do not match, an empty batch, a non-finite scale or feature.
+
+    Example:
+        >>> import torch
+        >>> features = torch.eye(2)
+        >>> info_nce(features, features, 1.0)  # log(1 + 1/e)
+        tensor(0.3133)
+
+    Source:
+        van den Oord et al., https://arxiv.org/abs/1807.03748; the symmetric form of CLIP, https://arxiv.org/abs/2103.00020,
+        figure 3; ProtoCLIP section III-A, https://arxiv.org/abs/2206.10996.
+    """
+    scale = check_pairs(image_features, text_features, logit_scale, check_values)
+    check.chunk_rows(chunk_size)
+    total, _, _ = pair_sum(image_features, text_features, scale, chunk_size)
+    return total / image_features.shape[0]
+
+
+def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_values: bool | None) -> Tensor:
+    """Check a batch of pairs; return the scale as a 0-d tensor."""
+    check.matrix("image_features", image)
+    check.matrix("text_features", text, rows=image.shape[0], width=image.shape[1], of=" as image_features")
+    check.same_device("text_features", text, "image_features", image)
+    if image.shape[0] == 0:
+        raise ValueError(f"image_features must have at least one row, got shape {check.shape(image)}")
+    scale = check.scale("logit_scale", logit_scale, image, check_values)
+    if check.values_are_checked(image, check_values):
+        check.finite("image_features", image)
+        check.finite("text_features", text)
+    return scale
+
+
+def pair_sum(image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over pairs of the InfoNCE loss, and how many images and texts rank their own pair first."""
+    batch = image.shape[0]
+    dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
+    keep = batch * batch * scale.element_size() <= LOGITS_BUDGET
+    wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    total, images, texts, *_ = pair_nll(
+        image.to(dtype), text.to(dtype), scale, rows_per_block(batch, image.device, chunk_size), keep, wanted
+    )
+    return total, images.detach(), texts.detach()

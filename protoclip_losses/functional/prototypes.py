@@ -1,0 +1,222 @@
+"""The prototype term: cross-entropy of student features against prototypes, and the soft targets of a teacher clustering."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..kernels.blocks import product_dtype, rows_per_block
+from ..kernels.prototype import label_nll
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    targets: Tensor | None = None,
+    valid: Tensor | None = None,
+    ignore_index: int = -1,
+    chunk_size: int | None = None,
+    check_values: bool | None = None,
+) -> Tensor:
+    r"""Cross-entropy of student features over K prototypes, with hard or soft targets, without a B x K tensor.
+
+    .. math::
+        \mathcal{L} = \frac{1}{n} \sum_{i : a_i \ne \mathrm{ignore}}
+        \left[ \log \sum_{j=1}^{K} \exp(s\, h_i \cdot P_j) - s\, h_i \cdot M_{a_i} \right]
+
+    where :math:`h_i` are the student's features, :math:`P` the prototypes in its space, :math:`a_i` the teacher's labels,
+    :math:`s` the exponentiated scale and :math:`n` the number of rows that are not ignored. Hard targets are
+    :math:`M = P`. With the soft targets :math:`M = Y P` of :func:`soft_targets` this *is* the soft cross-entropy
+    :math:`-\sum_j Y_{a_i j} \log p_{ij}`, exactly, since the student's logits are linear in :math:`h`.
+
+    Args:
+        features: (B, D) student features, L2-normalised by the caller. They set the dtype of the products.
+        prototypes: (K, D). May require gradient.
+        labels: (B,) int64, the teacher's cluster of each row.
+        logit_scale: :math:`s`, already exponentiated: a float, () or (1,). Gradients flow to it.
+        targets: (K, D), :math:`M`; None means hard targets. May require gradient.
+        valid: (K,) bool; a prototype that is not valid takes no probability mass. None means all are.
+        ignore_index: rows with this label count neither in the sum nor in :math:`n`; with none left the loss is 0.
+        chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
+        check_values: read the values to check labels and finiteness. None means on CPU in eager mode only.
+
+    Returns:
+        The loss, a () tensor in float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: features that are not floating point, labels that are not int64, a mask that is not bool.
+        ValueError: shapes that do not match, labels out of range, a hard label of an invalid prototype, a non-finite input.
+
+    Example:
+        >>> import torch
+        >>> prototypes = torch.eye(3)
+        >>> prototype_cross_entropy(prototypes, prototypes, torch.tensor([0, 1, 2]), 1.0)  # log(1 + 2/e)
+        tensor(0.5514)
+
+    Source:
+        ProtoCLIP section III-B and III-C, https://arxiv.org/abs/2206.10996.
+    """
+    if targets is not None:
+        check.matrix("targets", targets, rows=_rows(prototypes), width=_width(prototypes), of=" as prototypes")
+    keep, safe = check_term(features, prototypes, labels, valid, ignore_index, targets is None, check_values)
+    scale = check.scale("logit_scale", logit_scale, features, check_values)
+    check.chunk_rows(chunk_size)
+    target_rows = None if targets is None else targets.index_select(0, safe)
+    total, _ = prototype_sum(features, prototypes, safe, keep, scale, target_rows, valid, chunk_size)
+    if check.values_are_checked(features, check_values) and not bool(torch.isfinite(total)):
+        explain_non_finite(prototypes=prototypes, targets=targets)
+    return total / keep.sum().clamp(min=1)
+
+
+def _rows(x: Tensor) -> int | None:
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() == 2 else None
+
+
+def _width(x: Tensor) -> int | None:
+    return x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else None
+
+
+def check_term(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    hard: bool,
+    check_values: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """Check one term's inputs; return the rows that count (B,) bool and labels with ignored rows moved to prototype 0."""
+    check.matrix("features", features)
+    check.matrix("prototypes", prototypes, width=features.shape[1], of=" as features")
+    check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
+    check.valid_mask(valid, prototypes.shape[0])
+    check.same_device("prototypes", prototypes, "features", features)
+    check.same_device("labels", labels, "features", features)
+    if prototypes.shape[0] == 0:
+        raise ValueError(f"prototypes must have at least one row, got shape {check.shape(prototypes)}")
+    keep = labels != ignore_index
+    if check.values_are_checked(features, check_values):
+        check.label_range("labels", labels, prototypes.shape[0], ~keep, f" or be ignore_index={ignore_index}")
+        check.finite("features", features if bool(keep.all()) else features[keep])
+        if valid is not None:
+            if not bool(valid.any()):
+                raise ValueError("valid must leave at least one prototype, got none")
+            wrong = keep & ~valid[labels.where(keep, 0)]
+            if hard and bool(wrong.any()):
+                first = int(wrong.int().argmax())
+                raise ValueError(
+                    f"labels must not name an invalid prototype with hard targets: {int(wrong.sum())} rows do, "
+                    f"the first at position {first} (prototype {int(labels[first])}, valid[{int(labels[first])}] is False)"
+                )
+    return keep, labels.where(keep, 0)
+
+
+def explain_non_finite(**inputs: Tensor | None) -> None:
+    """Raise for whichever large input is not finite; they are read only once a loss has come out non-finite."""
+    for name, x in inputs.items():
+        if x is not None:
+            check.finite(name, x)
+    raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} and features are finite")
+
+
+def prototype_sum(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    keep: Tensor,
+    scale: Tensor,
+    target_rows: Tensor | None = None,
+    valid: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over the rows in ``keep`` of the term's loss, and how many of them put the label first.
+
+    With base b (the label, or any valid prototype where the label's own is not valid), the soft loss is the hard loss for b
+    plus ``-s h.(M_a - P_b)``. The difference is small exactly where the loss is, so that no digits are lost.
+    """
+    dtype = product_dtype(features)
+    prototypes = prototypes.to(dtype)
+    if valid is not None:
+        prototypes = prototypes.where(valid[:, None], 0)
+        labels = labels.where(valid[labels], valid.int().argmax())
+    h = features.to(dtype).where(keep[:, None], 0)
+    chunk = rows_per_block(prototypes.shape[0], features.device, chunk_size)
+    with_gradient = torch.is_grad_enabled() and (h.requires_grad or scale.requires_grad)
+    with_prototypes = torch.is_grad_enabled() and prototypes.requires_grad
+    total, correct, *_ = label_nll(
+        h, prototypes, labels, keep.to(scale.dtype), scale, valid, chunk, with_gradient, with_prototypes
+    )
+    if target_rows is not None:
+        difference = (target_rows.to(scale.dtype) - prototypes.index_select(0, labels)).where(keep[:, None], 0)
+        total = total - scale * (h * difference).sum()
+    return total, correct.detach()
+
+
+def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:
+    r"""Soft targets of a teacher clustering, pulled through to the student's prototypes.
+
+    .. math::
+        M = \mathrm{softmax}(C C^\top / \tau_y)\, P
+
+    where :math:`C` (K, Dt) are the teacher's centroids, :math:`P` (K, D) the prototypes in the student's space. The target of
+    a sample depends on its label alone, so that these K rows are all the targets there are. Built in blocks of rows: K x K is
+    never held. The result is a constant: no gradient flows through it.
+
+    Args:
+        teacher_centroids: (K, Dt).
+        prototypes: (K, D).
+        temperature: :math:`\tau_y` > 0. As it falls to 0 the targets become hard, ``M = P`` (for centroids of equal norm).
+        valid: (K,) bool; the softmax is over valid prototypes alone.
+
+    Returns:
+        (K, D) in float32 (float64 if either input is float64).
+
+    Raises:
+        TypeError: inputs that are not floating-point tensors, a mask that is not bool.
+        ValueError: different K, a temperature that is not positive, no valid prototype, a non-finite valid row.
+
+    Example:
+        >>> import torch
+        >>> soft_targets(torch.eye(2), torch.eye(2), temperature=1.0)
+        tensor([[0.7311, 0.2689],
+                [0.2689, 0.7311]])
+
+    Source:
+        ProtoCLIP section III-B, equation of the soft target, https://arxiv.org/abs/2206.10996; the factored form is ours.
+    """
+    check.matrix("prototypes", prototypes)
+    check.matrix("teacher_centroids", teacher_centroids, rows=prototypes.shape[0], of=" as prototypes")
+    check.same_device("teacher_centroids", teacher_centroids, "prototypes", prototypes)
+    check.valid_mask(valid, prototypes.shape[0])
+    if valid is not None and not bool(valid.any()):
+        raise ValueError("valid must leave at least one prototype, got none")
+    check.temperature("temperature", temperature)
+    check.finite("teacher_centroids", teacher_centroids if valid is None else teacher_centroids[valid])
+    check.finite("prototypes", prototypes if valid is None else prototypes[valid])
+    everything = torch.arange(prototypes.shape[0], device=prototypes.device)
+    return soft_target_rows(teacher_centroids, prototypes, temperature, everything, valid)
+
+
+@torch.no_grad()
+def soft_target_rows(
+    teacher_centroids: Tensor, prototypes: Tensor, temperature: float, rows: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """The rows of :func:`soft_targets` that are asked for, at the price of those rows."""
+    dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
+    kind = prototypes.device.type
+    with torch.autocast(kind, enabled=False):
+        centroids, columns = teacher_centroids.to(dtype), prototypes.to(dtype)
+        if valid is not None:
+            centroids, columns = centroids.where(valid[:, None], 0), columns.where(valid[:, None], 0)
+        sources = teacher_centroids.to(dtype)
+        targets = columns.new_empty((rows.shape[0], columns.shape[1]))
+        step = rows_per_block(centroids.shape[0], centroids.device, None)
+        for start in range(0, rows.shape[0], step):
+            block = slice(start, start + step)
+            logits = (sources[rows[block]] / temperature) @ centroids.T
+            if valid is not None:
+                logits.masked_fill_(~valid, -torch.inf)
+            torch.mm(logits.softmax(1), columns, out=targets[block])
+    return targets

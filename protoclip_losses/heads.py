@@ -1,0 +1,57 @@
+"""The projection head between an encoder and the prototype losses."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import _checks as check
+
+NORMS = ("batch", "layer", "sync")
+
+
+class ProjectionHead(nn.Sequential):
+    r"""MLP that maps the encoder's un-normalised output z to the projected h.
+
+    .. math::
+        h = W_2\, \mathrm{ReLU}(\mathrm{norm}(W_1 z + b_1)) + b_2
+
+    h is not normalised here: pass ``F.normalize(head(z), dim=-1)`` to the loss and to the bank. In the paper the image head
+    starts as a copy of the text head: ``image_head.load_state_dict(text_head.state_dict())``.
+
+    Args:
+        in_dim: width of z.
+        out_dim: width D of h.
+        hidden_dim: width of the hidden layers.
+        num_layers: hidden layers, each Linear, norm, ReLU; 0 makes the head one Linear.
+        norm: ``"batch"`` as in the paper, whose statistics differ from rank to rank and between extraction (eval mode) and
+            training, so that the clustered h and the student's h are not quite the same; ``"layer"`` has neither problem;
+            ``"sync"`` is BatchNorm over all ranks, which PyTorch has for GPUs only.
+
+    Example:
+        >>> import torch
+        >>> ProjectionHead(in_dim=16, out_dim=4, hidden_dim=8, norm="layer")(torch.zeros(3, 16)).shape
+        torch.Size([3, 4])
+
+    Source:
+        ProtoCLIP section IV-A (Linear to 2048, BatchNorm, ReLU, Linear to 128), https://arxiv.org/abs/2206.10996.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int = 128, hidden_dim: int = 2048, num_layers: int = 1, norm: str = "batch") -> None:
+        for name, value in (("in_dim", in_dim), ("out_dim", out_dim), ("hidden_dim", hidden_dim)):
+            check.positive_int(name, value)
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 0:
+            raise ValueError(f"num_layers must be an int of at least 0, got {num_layers!r}")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        make: Any = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "sync": nn.SyncBatchNorm}[norm]
+        layers: list[nn.Module] = []
+        width = in_dim
+        for _ in range(num_layers):
+            layers += [nn.Linear(width, hidden_dim), make(hidden_dim), nn.ReLU()]
+            width = hidden_dim
+        super().__init__(*layers, nn.Linear(width, out_dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """h (B, out_dim) of z (B, in_dim)."""
+        out: Tensor = super().forward(input)
+        return out

@@ -1,0 +1,7 @@
+"""The losses as modules: one file each."""
+
+from .info_nce import InfoNCE
+from .proto_loss import ProtoLoss
+from .prototype import PrototypeLoss
+
+__all__ = ["InfoNCE", "ProtoLoss", "PrototypeLoss"]

@@ -1,0 +1,98 @@
+"""InfoNCE as a module that gathers over processes by itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..distributed import Group, active_group, agree, gather_rows_with_gradient, rank, world_size
+from ..functional.contrastive import check_pairs, pair_sum
+from ..functional.prototypes import prototype_sum
+from ..graph import keep_in_graph
+
+
+class InfoNCE(nn.Module):
+    r"""InfoNCE over the batch of all processes.
+
+    .. math::
+        \mathcal{L} = \tfrac{1}{2} \left[ \mathrm{CE}(s Z^I {Z^T}^\top, \mathrm{diag})
+        + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
+
+    When torch.distributed is initialised, features are gathered here, with gradients: the loss returned is this rank's share,
+    the mean over ranks is the loss of the whole batch, and after DDP's averaging every gradient equals that of one process on
+    the whole batch. Ranks may hold different numbers of rows. On one process it is :func:`protoclip_losses.functional.info_nce`.
+
+    Args:
+        process_group: None for the default group, ``False`` to stay local (evaluation on one rank), or a group.
+        chunk_size: rows worked on at a time; any value gives the same answer.
+        check_values: read values to check them each step. None means on CPU in eager mode only.
+
+    Attributes:
+        metrics: detached tensors of the last forward, this rank's rows: the share of images and of texts that rank their own
+            pair first.
+
+    Example:
+        >>> import torch
+        >>> loss = InfoNCE()
+        >>> loss(torch.eye(2), torch.eye(2), 1.0, output_dict=True)
+        {'contrastive_loss': tensor(0.3133)}
+
+    Source:
+        https://arxiv.org/abs/2103.00020, figure 3; ProtoCLIP section III-A, https://arxiv.org/abs/2206.10996.
+    """
+
+    def __init__(
+        self, *, process_group: Group | bool | None = None, chunk_size: int | None = None, check_values: bool | None = None
+    ) -> None:
+        super().__init__()
+        check.chunk_rows(chunk_size)
+        self.process_group, self.chunk_size, self.check_values = process_group, chunk_size, check_values
+        self.metrics: dict[str, Tensor] = {}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+        *,
+        logit_bias: Any = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss, a () tensor, or ``{"contrastive_loss": loss}``.
+
+        Args:
+            image_features: (B, d) this rank's rows, L2-normalised.
+            text_features: (B, d) this rank's rows, L2-normalised.
+            logit_scale: already exponentiated: a float, () or (1,).
+            output_dict: return a dict, as open_clip's losses do.
+            logit_bias: accepted, and given an exact zero gradient: a softmax does not see it.
+        """
+        group = active_group(self.process_group)
+        scale, sizes = agree(
+            lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
+            group,
+            image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0,
+        )
+        loss, self.metrics = info_nce_share(image_features, text_features, scale, sizes, group, self.chunk_size)
+        loss = keep_in_graph(loss, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def info_nce_share(
+    image: Tensor, text: Tensor, scale: Tensor, sizes: list[int], group: Group | None, chunk_size: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
+    batch = image.shape[0]
+    if group is None:
+        total, images, texts = pair_sum(image, text, scale, chunk_size)
+        share = total / batch
+    else:
+        own = torch.arange(batch, device=image.device) + sum(sizes[: rank(group)])
+        keep = torch.ones_like(own, dtype=torch.bool)
+        all_images = gather_rows_with_gradient(image, sizes, group)
+        all_texts = gather_rows_with_gradient(text, sizes, group)
+        image_total, images = prototype_sum(image, all_texts, own, keep, scale, chunk_size=chunk_size)
+        text_total, texts = prototype_sum(text, all_images, own, keep, scale, chunk_size=chunk_size)
+        share = (image_total + text_total) * (world_size(group) / (2 * sum(sizes)))
+    return share, {"contrastive_accuracy/image": images / batch, "contrastive_accuracy/text": texts / batch}

@@ -1,0 +1,308 @@
+"""The whole objective: InfoNCE plus a sum over prototype terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..clustering.prototypes import Prototypes, PrototypeTerm
+from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
+from ..functional.contrastive import check_pairs
+from ..functional.prototypes import prototype_sum, soft_targets
+from ..graph import keep_in_graph
+from .info_nce import info_nce_share
+
+NOT_SET = object()
+
+
+@dataclass
+class _Term:
+    """The three constants of a term, and the part of the loss dict it is summed into with its weight."""
+
+    student: str
+    teacher: str
+    part: str
+    weight: float
+    prototypes: Tensor
+    targets: Tensor
+    labels: Tensor
+    valid: Tensor | None
+
+    def to(self, device: torch.device) -> None:
+        """Follow the features to their device."""
+        if self.prototypes.device != device:
+            self.prototypes, self.targets = self.prototypes.to(device), self.targets.to(device)
+            self.labels = self.labels.to(device)
+            self.valid = None if self.valid is None else self.valid.to(device)
+
+
+class ProtoLoss(nn.Module):
+    r"""The ProtoCLIP objective.
+
+    .. math::
+        \mathcal{L} = w_\mathrm{clip}\, \mathcal{L}_\mathrm{InfoNCE} + w_\mathrm{proto}\, \mathcal{L}_\mathrm{proto}
+        + \sum_{t} w_t\, \mathcal{L}_t
+
+    where :math:`\mathcal{L}_\mathrm{proto}` is the mean over terms whose teacher is another modality (image from text and text
+    from image: the paper's half sum) and :math:`\mathcal{L}_t` the mean over students of the terms of external teacher t. Every
+    term, soft or hard, back-translated or not, internal or external, is
+    :func:`protoclip_losses.functional.prototype_cross_entropy` with its own constants P, M and labels.
+
+    Under torch.distributed InfoNCE is that of all ranks' rows, prototype terms are those of local rows, and the loss is this
+    rank's share: the mean over ranks is the loss of the whole batch, and after DDP's averaging so are the gradients, also for
+    unequal batches and ignored labels.
+
+    Args:
+        w_clip: weight of InfoNCE.
+        w_proto: weight of the internal prototype terms.
+        w_external: weight of external teachers: one for all, or a mapping by name.
+        target_temperature: :math:`\tau_y` of internal soft targets; None or not positive means hard targets.
+        external_target_temperature: likewise for external teachers; hard by default, as in the paper's code.
+        back_translation: prototypes are back-translated into the student's space; False uses the teacher's centroids, which
+            must then have the student's width.
+        normalize_prototypes: L2-normalise prototypes and centroids. The paper does not: its student softmax favours prototypes
+            of large norm, that is of tight clusters.
+        process_group: None for the default group, ``False`` to stay local, or a group.
+        chunk_size: rows worked on at a time; any value gives the same answer.
+        check_values: read values to check them each step. None means on CPU in eager mode only; ``True`` forces it.
+
+    Attributes:
+        metrics: detached tensors of the last forward, over this rank's rows.
+
+    Prototypes are constants, not parameters and not buffers: DDP does not broadcast them and ``.half()`` does not touch them.
+    They are saved in ``state_dict()`` as extra state.
+
+    Example:
+        >>> import torch
+        >>> from protoclip_losses import EpisodicClusterer, FeatureBank
+        >>> h = torch.nn.functional.normalize(torch.arange(12.0).reshape(6, 2).sin(), dim=1)
+        >>> bank = FeatureBank(torch.arange(6), dim=2)
+        >>> bank.update(torch.arange(6), h, h)
+        >>> loss = ProtoLoss(target_temperature=0.1)
+        >>> loss.set_prototypes(EpisodicClusterer(num_prototypes=2).build(bank))
+        >>> sorted(loss(h, h, 10.0, index=torch.arange(6), output_dict=True))
+        ['contrastive_loss', 'proto_external_loss', 'proto_loss']
+
+    Source:
+        ProtoCLIP, https://arxiv.org/abs/2206.10996.
+    """
+
+    def __init__(
+        self,
+        *,
+        w_clip: float = 1.0,
+        w_proto: float = 1.0,
+        w_external: float | Mapping[str, float] = 1.0,
+        target_temperature: float | None = 0.01,
+        external_target_temperature: float | None = None,
+        back_translation: bool = True,
+        normalize_prototypes: bool = False,
+        process_group: Group | bool | None = None,
+        chunk_size: int | None = None,
+        check_values: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for name, weight in (("w_clip", w_clip), ("w_proto", w_proto), *_named("w_external", w_external)):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"{name} must be a float, got {type(weight).__name__}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {weight}")
+        check.chunk_rows(chunk_size)
+        self.w_clip, self.w_proto, self.w_external = w_clip, w_proto, w_external
+        self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
+        self.external_target_temperature = check.optional_temperature("external_target_temperature", external_target_temperature)
+        self.back_translation, self.normalize_prototypes = back_translation, normalize_prototypes
+        self.process_group, self.chunk_size, self.check_values = process_group, chunk_size, check_values
+        self.metrics: dict[str, Tensor] = {}
+        self._prototypes: Any = NOT_SET
+        self._terms: list[_Term] = []
+
+    def set_prototypes(self, prototypes: Prototypes | None) -> None:
+        """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
+
+        Raises:
+            TypeError: neither Prototypes nor None.
+            ValueError: no weight for an external teacher, or without back translation a teacher of another width.
+        """
+        if prototypes is not None and not isinstance(prototypes, Prototypes):
+            raise TypeError(f"prototypes must be Prototypes or None, got {type(prototypes).__name__}")
+        self._terms = [] if prototypes is None else self._weighted_terms(prototypes)
+        self._prototypes = prototypes
+
+    def _weighted_terms(self, prototypes: Prototypes) -> list[_Term]:
+        external = prototypes.external_teachers
+        groups = [teacher if teacher in external else None for _, teacher in prototypes.terms]
+        terms = []
+        for group, ((student, teacher), term) in zip(groups, prototypes.terms.items(), strict=True):
+            part = "proto_loss" if group is None else "proto_external_loss"
+            weight = (self.w_proto if group is None else self._external_weight(group)) / groups.count(group)
+            temperature = self.target_temperature if group is None else self.external_target_temperature
+            if weight:
+                terms.append(_Term(student, teacher, part, weight, *self._constants(student, teacher, term, temperature)))
+        return terms
+
+    def _external_weight(self, teacher: str) -> float:
+        if not isinstance(self.w_external, Mapping):
+            return self.w_external
+        if teacher not in self.w_external:
+            raise ValueError(f"w_external must have a weight for teacher {teacher!r}, got weights for {sorted(self.w_external)}")
+        return self.w_external[teacher]
+
+    def _constants(
+        self, student: str, teacher: str, term: PrototypeTerm, temperature: float | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """P, M, labels and the mask (None where every prototype is valid)."""
+        prototypes, centroids = term.prototypes, term.teacher_centroids
+        if not self.back_translation:
+            if centroids.shape[1] != prototypes.shape[1]:
+                raise ValueError(
+                    f"back_translation=False uses the centroids of teacher {teacher!r} as prototypes of {student!r}: they have "
+                    f"width {centroids.shape[1]}, the student {prototypes.shape[1]}"
+                )
+            prototypes = centroids.to(prototypes.dtype)
+        if self.normalize_prototypes:
+            prototypes, centroids = F.normalize(prototypes, dim=1), F.normalize(centroids, dim=1)
+        valid = None if bool(term.valid.all()) else term.valid
+        # A student whose own features of a cluster were all dropped has no prototype for it: that label is ignored, not wrong.
+        labels = term.labels if valid is None else term.labels.where(valid[term.labels.clamp(min=0)], -1)
+        targets = prototypes
+        if temperature is not None:
+            targets = soft_targets(centroids, prototypes, temperature, valid=valid)
+        return prototypes, targets, labels, valid
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Any = None,
+        *,
+        image_features_projected: Tensor | None = None,
+        text_features_projected: Tensor | None = None,
+        logit_scale_proto: Tensor | float | None = None,
+        index: Tensor | None = None,
+        teacher_features: Any = None,
+        features: Mapping[str, Tensor] = {},
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss, a () tensor, or its three parts, already weighted, whose sum it is.
+
+        Args:
+            image_features: (B, d) this rank's rows, L2-normalised.
+            text_features: (B, d) likewise.
+            logit_scale: of InfoNCE, already exponentiated: a float, () or (1,).
+            logit_bias: accepted, and given an exact zero gradient: a softmax does not see it.
+            image_features_projected: (B, D) the head's output, L2-normalised; default ``image_features``.
+            text_features_projected: (B, D) likewise; default ``text_features``.
+            logit_scale_proto: scale of the prototype terms; default ``logit_scale``.
+            index: (B,) int64 sample indices, needed while prototypes are set.
+            teacher_features: accepted for hosts that pass it; labels of an episode come from ``index``.
+            features: projected features of further modalities by name.
+            output_dict: return ``{"contrastive_loss", "proto_loss", "proto_external_loss"}``.
+
+        Every tensor passed in gets a gradient, an exact zero where a term is absent, so that DDP finds all parameters used.
+
+        Raises:
+            RuntimeError: :meth:`set_prototypes` was never called.
+            ValueError: shapes, widths or values that do not fit; ``index`` missing; a modality missing.
+            IndexError: a sample that is not in the episode.
+            TypeError: wrong dtypes.
+        """
+        projected = {
+            "image": image_features if image_features_projected is None else image_features_projected,
+            "text": text_features if text_features_projected is None else text_features_projected,
+            **features,
+        }
+        proto_scale = logit_scale if logit_scale_proto is None else logit_scale_proto
+        group = active_group(self.process_group)
+        rows = image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0
+        (scale, scales, labels), sizes = agree(
+            lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index), group, rows
+        )
+        zero = scale.detach().new_zeros(())
+        parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
+        metrics: dict[str, Tensor] = {}
+        if self.w_clip:
+            share, metrics = info_nce_share(image_features, text_features, scale, sizes, group, self.chunk_size)
+            parts["contrastive_loss"] = self.w_clip * share
+        if self._terms:
+            keeps = [a != -1 for a in labels]
+            own = torch.stack([keep.sum() for keep in keeps])
+            counts = sum_over_ranks(own, group).clamp(min=1)
+            for i, term in enumerate(self._terms):
+                h = projected[term.student]
+                safe = labels[i].where(keeps[i], 0)
+                targets = None if term.targets is term.prototypes else term.targets.index_select(0, safe)
+                total, correct = prototype_sum(
+                    h, term.prototypes, safe, keeps[i], scales[i], targets, term.valid, self.chunk_size
+                )
+                share = total * (world_size(group) / counts[i])
+                parts[term.part] = parts[term.part] + term.weight * share
+                metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own[i].clamp(min=1)
+        self.metrics = metrics
+        given = (image_features, text_features, logit_scale, logit_bias, proto_scale, *projected.values())
+        given += tuple(teacher_features.values()) if isinstance(teacher_features, Mapping) else (teacher_features,)
+        parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
+        return parts if output_dict else parts["contrastive_loss"] + parts["proto_loss"] + parts["proto_external_loss"]
+
+    def _check(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        projected: dict[str, Tensor],
+        proto_scale: Tensor | float,
+        index: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Check the inputs; return InfoNCE's scale, each term's scale and each term's labels of this batch."""
+        if self._prototypes is NOT_SET:
+            raise RuntimeError(
+                "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
+            )
+        scale = check_pairs(image_features, text_features, logit_scale, self.check_values)
+        batch = image_features.shape[0]
+        for name, h in projected.items():
+            check.matrix(f"projected features of {name!r}", h, rows=batch, of=" as image_features")
+            check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
+        if index is not None:
+            check.integers("index", index, length=batch, of=" as image_features has rows")
+        if not self._terms:
+            return scale, [], []
+        if index is None:
+            raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
+        positions = self._prototypes.positions(index.to(image_features.device), check_values=self.check_values)
+        scales, labels = [], []
+        for term in self._terms:
+            if term.student not in projected:
+                raise ValueError(f"features must hold the projected features of {term.student!r}, got {sorted(projected)}")
+            h = projected[term.student]
+            width = term.prototypes.shape[1]
+            check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
+            if check.values_are_checked(h, self.check_values):
+                check.finite(f"projected features of {term.student!r}", h)
+            term.to(h.device)
+            scales.append(check.scale("logit_scale_proto", proto_scale, h, self.check_values))
+            labels.append(term.labels[positions])
+        return scale, scales, labels
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The prototypes, as plain tensors: what ``state_dict()`` saves."""
+        if self._prototypes is NOT_SET or self._prototypes is None:
+            return {"is_set": self._prototypes is None, "prototypes": None}
+        return {"is_set": True, "prototypes": self._prototypes.state_dict()}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Set the prototypes that were saved."""
+        if not state["is_set"]:
+            self._prototypes, self._terms = NOT_SET, []
+        else:
+            saved = state["prototypes"]
+            self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))
+
+
+def _named(name: str, weights: float | Mapping[str, float]) -> list[tuple[str, float]]:
+    return [(f"{name}[{k!r}]", v) for k, v in weights.items()] if isinstance(weights, Mapping) else [(name, weights)]

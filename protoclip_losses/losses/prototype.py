@@ -1,0 +1,121 @@
+"""The prototype loss on a pair of centroid tensors."""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..functional.prototypes import check_term, explain_non_finite, prototype_sum, soft_target_rows
+
+
+class PrototypeLoss(nn.Module):
+    r"""Cross-entropy of student features against student-space prototypes, with the teacher's prototypes as targets.
+
+    .. math::
+        \mathcal{L} = -\frac{1}{n} \sum_i \sum_j y_{a_i j} \log p_{ij}, \qquad
+        p_i = \mathrm{softmax}_j(s\, h_i \cdot P_j), \qquad y_a = \mathrm{softmax}_j(C_a \cdot C_j / \tau_y)
+
+    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. Rows of M are built when a label
+    first needs them and kept while both centroid tensors stay the same objects at the same version; writing to either in
+    place, or passing another, starts anew.
+
+    Args:
+        target_temperature: :math:`\tau_y`; None or not positive means hard targets (one-hot of the label).
+
+    Example:
+        >>> import torch
+        >>> loss = PrototypeLoss(target_temperature=0.01)
+        >>> prototypes = torch.eye(3)
+        >>> loss(prototypes, prototypes, prototypes, torch.tensor([0, 1, 2]), 1.0)
+        tensor(0.5514)
+
+    Source:
+        ProtoCLIP section III-B, https://arxiv.org/abs/2206.10996.
+    """
+
+    def __init__(
+        self, target_temperature: float | None = 0.01, *, chunk_size: int | None = None, check_values: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
+        check.chunk_rows(chunk_size)
+        self.chunk_size, self.check_values = chunk_size, check_values
+        self._cache: _TargetCache | None = None
+
+    def forward(
+        self,
+        student_features: Tensor,
+        student_centroids: Tensor,
+        teacher_centroids: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        valid: Tensor | None = None,
+        ignore_index: int = -1,
+    ) -> Tensor:
+        """Return the mean loss over rows that are not ignored, a () tensor.
+
+        Args:
+            student_features: (B, D), L2-normalised.
+            student_centroids: (K, D), the prototypes P in the student's space.
+            teacher_centroids: (K, Dt), the teacher's centroids C; another width than D is fine.
+            labels: (B,) int64, the teacher's cluster of each row.
+            logit_scale: already exponentiated: a float, () or (1,).
+            valid: (K,) bool; prototypes that are not valid take no mass.
+            ignore_index: rows with this label are left out.
+
+        Raises:
+            TypeError: wrong dtypes.
+            ValueError: shapes that do not match, labels out of range, a hard label of an invalid prototype, non-finite input,
+                centroids that require gradient.
+        """
+        hard = self.target_temperature is None
+        keep, safe = check_term(student_features, student_centroids, labels, valid, ignore_index, hard, self.check_values)
+        check.matrix("teacher_centroids", teacher_centroids, rows=student_centroids.shape[0], of=" as student_centroids")
+        check.same_device("teacher_centroids", teacher_centroids, "student_features", student_features)
+        scale = check.scale("logit_scale", logit_scale, student_features, self.check_values)
+        if torch.is_grad_enabled() and (student_centroids.requires_grad or teacher_centroids.requires_grad):
+            raise ValueError(
+                "student_centroids and teacher_centroids are constants here, pass them detached; prototypes that are learned "
+                "go to functional.prototype_cross_entropy"
+            )
+        rows = None if hard else self._target_rows(student_centroids, teacher_centroids, safe, valid)
+        total, _ = prototype_sum(student_features, student_centroids, safe, keep, scale, rows, valid, self.chunk_size)
+        if check.values_are_checked(student_features, self.check_values) and not bool(torch.isfinite(total)):
+            explain_non_finite(student_centroids=student_centroids, teacher_centroids=teacher_centroids)
+        return total / keep.sum().clamp(min=1)
+
+    def _target_rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
+        assert self.target_temperature is not None
+        # A cache keyed by identity and version has no place in a traced graph, and inference tensors keep no version.
+        if torch.compiler.is_compiling() or student.is_inference() or teacher.is_inference():
+            return soft_target_rows(teacher, student, self.target_temperature, labels, valid)
+        if self._cache is None or not self._cache.matches(student, teacher, valid):
+            self._cache = _TargetCache(student, teacher, valid)
+        return self._cache.rows(student, teacher, labels, valid, self.target_temperature)
+
+
+class _TargetCache:
+    """Rows of M for one pair of centroid tensors, filled in as labels ask for them."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+        self.keys = [(weakref.ref(x), x._version) for x in (student, teacher, valid) if x is not None]
+        dtype = check.accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
+        self.targets = torch.empty_like(student, dtype=dtype, requires_grad=False)
+        self.missing = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
+        self.num_missing = student.shape[0]
+
+    def matches(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> bool:
+        current = [(x, x._version) for x in (student, teacher, valid) if x is not None]
+        return len(current) == len(self.keys) and all(
+            ref() is x and version == now for (ref, version), (x, now) in zip(self.keys, current, strict=True)
+        )
+
+    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
+        if self.num_missing:
+            wanted = labels[self.missing[labels]].unique()
+            self.targets[wanted] = soft_target_rows(teacher, student, temperature, wanted, valid)
+            self.missing[wanted] = False
+            self.num_missing -= wanted.shape[0]
+        return self.targets.index_select(0, labels)
