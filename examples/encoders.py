@@ -151,16 +151,20 @@ class WordHash:
 
 
 class ConvNet(nn.Module):
-    """Eight 3x3 convolutions in four stages, each halving the side; the mean over positions is projected to `width`."""
+    """Six 3x3 convolutions, four of them halving the side; the mean over positions is projected to `width`.
 
-    def __init__(self, width: int, channels: tuple[int, ...] = (32, 64, 128, 256)) -> None:
+    GroupNorm, because its output for a picture depends neither on the batch nor on how the batch is split over processes.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for wide_in, wide in zip((3, *channels), channels):
-            for stage_in, stride in ((wide_in, 1 if wide_in == 3 else 2), (wide, 1)):
-                layers += [nn.Conv2d(stage_in, wide, 3, stride, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+        channels = 3
+        for wide, stride in ((32, 2), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1)):
+            layers += [nn.Conv2d(channels, wide, 3, stride, 1, bias=False), nn.GroupNorm(8, wide), nn.ReLU()]
+            channels = wide
         self.layers = nn.Sequential(*layers)
-        self.project = nn.Linear(channels[-1], width)
+        self.project = nn.Linear(channels, width)
 
     def forward(self, pictures: Tensor) -> Tensor:
         features: Tensor = self.project(self.layers(pictures).mean((2, 3)))
@@ -185,3 +189,95 @@ class TextTransformer(nn.Module):
         hidden = self.layers(self.words(tokens) + self.places[: tokens.shape[1]], src_key_padding_mask=tokens == 0)
         features: Tensor = self.project((hidden * word).sum(1) / word.sum(1))
         return features
+
+
+class SmallClip(nn.Module):
+    """The two encoders under open_clip's names, so that either kind of model fits `DualEncoder`."""
+
+    def __init__(self, width: int, tokenize: WordHash) -> None:
+        super().__init__()
+        self.visual = ConvNet(width)
+        self.text = TextTransformer(width, tokenize.vocabulary, tokenize.length)
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        features: Tensor = self.visual(pictures)
+        return features
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self.text(tokens)
+        return features
+
+
+class DualEncoder(nn.Module):
+    """Encoders, a projection head for each, and the two learnable scales: what `ProtoLoss` takes, as a dict."""
+
+    def __init__(self, clip: nn.Module, width: int, projection: int, hidden: int, norm: str) -> None:
+        super().__init__()
+        self.clip = clip
+        self.text_head = ProjectionHead(width, projection, hidden_dim=hidden, norm=norm)
+        self.image_head = copy.deepcopy(self.text_head)
+        # An open_clip model brings a logit_scale; the same parameter is used, so that none is left without a gradient.
+        start = torch.tensor(math.log(1 / 0.07))
+        own = getattr(clip, "logit_scale", None)
+        self.logit_scale = own if isinstance(own, nn.Parameter) else nn.Parameter(start.clone())
+        self.logit_scale.data.fill_(float(start))
+        self.logit_scale_proto = nn.Parameter(start.clone())
+
+    def encode(self, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoders' own un-normalised outputs z (B, width)."""
+        clip: Any = self.clip
+        return clip.encode_image(pictures), clip.encode_text(tokens)
+
+    def forward(self, pictures: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        image, text = self.encode(pictures, tokens)
+        # The heads see the un-normalised z.
+        return {
+            "image_features": F.normalize(image, dim=1),
+            "text_features": F.normalize(text, dim=1),
+            "image_features_projected": F.normalize(self.image_head(image), dim=1),
+            "text_features_projected": F.normalize(self.text_head(text), dim=1),
+            "logit_scale": self.logit_scale.exp(),
+            "logit_scale_proto": self.logit_scale_proto.exp(),
+        }
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep both scales in [1, 100], as the recipe does after each step."""
+        for scale in (self.logit_scale, self.logit_scale_proto):
+            scale.clamp_(0, math.log(100))
+
+
+def build_model(name: str, seed: int, projection: int, hidden: int, norm: str) -> tuple[DualEncoder, Inputs]:
+    """A model with weights drawn from `seed` alone: the same on every rank, after a resume, and for the random row."""
+    # Initialisation draws from torch's global generator; fork_rng gives it back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "small":
+            tokenize = WordHash()
+            model = DualEncoder(SmallClip(256, tokenize), 256, projection, hidden, norm)
+            return model, Inputs(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), tokenize)
+        return _open_clip_model(name, projection, hidden, norm)
+
+
+def _open_clip_model(name: str, projection: int, hidden: int, norm: str) -> tuple[DualEncoder, Inputs]:
+    try:
+        open_clip = import_module("open_clip")
+    except ImportError as error:
+        raise SystemExit(
+            f"--model {name}: every name but 'small' is a model of open_clip, which is not installed: "
+            "pip install open_clip_torch"
+        ) from error
+    if name not in open_clip.list_models():
+        raise SystemExit(f"--model {name}: open_clip knows {', '.join(open_clip.list_models())}, and 'small' is built in")
+    clip = open_clip.create_model(name)
+    for parameter_name in ("logit_bias",):
+        if getattr(clip, parameter_name, None) is not None:
+            getattr(clip, parameter_name).requires_grad_(False)
+    side = clip.visual.image_size
+    side = side if isinstance(side, int) else side[0]
+    with torch.no_grad():
+        width = clip.eval().encode_text(open_clip.get_tokenizer(name)(["a"])).shape[1]
+    mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    model = DualEncoder(clip.train(), int(width), projection, hidden, norm)
+    return model, Inputs(int(side), tuple(mean), tuple(std), open_clip.get_tokenizer(name))

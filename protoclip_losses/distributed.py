@@ -102,7 +102,7 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     """:func:`gather_rows`, differentiable: the gradients of all ranks flow back to the owner of a row."""
-    gathered: Tensor = _GatherRows.apply(x, sizes, group)
+    gathered: Tensor = _GatherRows.apply(x, sizes, group)  # type: ignore[no-untyped-call]
     return gathered
 
 

@@ -27,5 +27,5 @@ def keep_in_graph(value: Tensor, *inputs: Any) -> Tensor:
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if not wanted or not torch.is_grad_enabled():
         return value
-    kept: Tensor = _KeepInGraph.apply(value, *wanted)
+    kept: Tensor = _KeepInGraph.apply(value, *wanted)  # type: ignore[no-untyped-call]
     return kept

@@ -53,5 +53,5 @@ class ProjectionHead(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """h (B, out_dim) of z (B, in_dim)."""
-        out: Tensor = super().forward(input)
+        out: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
         return out

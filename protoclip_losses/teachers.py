@@ -170,8 +170,8 @@ class TeacherAdapter:
         bad = (index < 0) | (index >= len(self))
         if bool(bad.any()):
             raise IndexError(
-                f"index must name samples of the teacher, which has {len(self)} rows: {int(bad.sum())} of {len(index)} are outside "
-                f"(sample {int(index[bad][0])}, for one)"
+                f"index must name samples of the teacher, which has {len(self)} rows: {int(bad.sum())} of {len(index)} are "
+                f"outside (sample {int(index[bad][0])}, for one)"
             )
         return self._project(self._raw(index))
 

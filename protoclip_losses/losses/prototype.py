@@ -16,8 +16,8 @@ class PrototypeLoss(nn.Module):
         \mathcal{L} = -\frac{1}{n} \sum_i \sum_j y_{a_i j} \log p_{ij}, \qquad
         p_i = \mathrm{softmax}_j(s\, h_i \cdot P_j), \qquad y_a = \mathrm{softmax}_j(C_a \cdot C_j / \tau_y)
 
-    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. Rows of M are built when a label
-    first needs them and kept while both centroid tensors stay the same objects at the same version; writing to either in
+    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is built when a
+    label first needs it and kept while both centroid tensors stay the same objects at the same version; writing to either in
     place, or passing another, starts anew.
 
     Args:
