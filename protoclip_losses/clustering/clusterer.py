@@ -197,7 +197,7 @@ class EpisodicClusterer:
 
 def _first_occurrences(everything: Tensor, sizes: list[int], own_rank: int) -> tuple[Tensor, Tensor]:
     """The episode's samples, sorted, and which of this rank's rows are the first to hold theirs."""
-    index, inverse = everything.unique(return_inverse=True)
+    index, inverse = torch.unique(everything, return_inverse=True)
     place = torch.arange(len(everything), device=everything.device)
     first = torch.full_like(index, len(everything)).scatter_reduce_(0, inverse, place, "amin")
     is_first = first[inverse] == place

@@ -114,7 +114,7 @@ class _TargetCache:
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
         if self.num_missing:
-            wanted = labels[self.missing[labels]].unique()
+            wanted = torch.unique(labels[self.missing[labels]])
             self.targets[wanted] = soft_target_rows(teacher, student, temperature, wanted, valid)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
