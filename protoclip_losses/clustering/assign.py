@@ -24,7 +24,7 @@ def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     half_norms = centroids.square().sum(1) / 2
     labels = torch.empty(features.shape[0], dtype=torch.int64, device=features.device)
     distances = torch.empty(features.shape[0], dtype=torch.float32, device=features.device)
-    step = rows_per_block(centroids.shape[0], features.device, None)
+    step = rows_per_block(centroids.shape[0], torch.float32, None)
     for start in range(0, features.shape[0], step):
         rows = slice(start, start + step)
         block = features[rows].float()

@@ -55,7 +55,7 @@ def info_nce(
     """
     scale = check_pairs(image_features, text_features, logit_scale, check_values)
     check.chunk_rows(chunk_size)
-    total, _, _ = pair_sum(image_features, text_features, scale, chunk_size)
+    total, _ = pair_sum(image_features, text_features, scale, chunk_size)
     return total / image_features.shape[0]
 
 
@@ -73,13 +73,14 @@ def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_
     return scale
 
 
-def pair_sum(image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over pairs of the InfoNCE loss, and how many images and texts rank their own pair first."""
+def pair_sum(
+    image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None, with_accuracy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sum over pairs of the InfoNCE loss, and how many images rank their own text first (if asked for)."""
     batch = image.shape[0]
     dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
     keep = batch * batch * scale.element_size() <= LOGITS_BUDGET
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    total, images, texts, *_ = pair_nll(
-        image.to(dtype), text.to(dtype), scale, rows_per_block(batch, image.device, chunk_size), keep, wanted
-    )
-    return total, images.detach(), texts.detach()
+    chunk = rows_per_block(batch, dtype, chunk_size)
+    total, correct, *_ = pair_nll(image.to(dtype), text.to(dtype), scale, chunk, keep, wanted, with_accuracy)
+    return total, correct.detach()

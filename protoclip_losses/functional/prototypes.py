@@ -63,8 +63,9 @@ def prototype_cross_entropy(
     keep, safe = check_term(features, prototypes, labels, valid, ignore_index, targets is None, check_values)
     scale = check.scale("logit_scale", logit_scale, features, check_values)
     check.chunk_rows(chunk_size)
-    target_rows = None if targets is None else targets.index_select(0, safe)
-    total, _ = prototype_sum(features, prototypes, safe, keep, scale, target_rows, valid, chunk_size)
+    base = base_prototypes(safe, valid)
+    offsets = None if targets is None else targets.index_select(0, safe) - prototypes.index_select(0, base)
+    total, _ = prototype_sum(features, prototypes, base, keep, scale, offsets, valid, chunk_size)
     if check.values_are_checked(features, check_values) and not bool(torch.isfinite(total)):
         explain_non_finite(prototypes=prototypes, targets=targets)
     return total / keep.sum().clamp(min=1)
@@ -121,36 +122,41 @@ def explain_non_finite(**inputs: Tensor | None) -> None:
     raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} and features are finite")
 
 
+def base_prototypes(labels: Tensor, valid: Tensor | None) -> Tensor:
+    """The prototype each soft target is written relative to: the label's own, or the first valid one where that is invalid."""
+    return labels if valid is None else labels.where(valid[labels], valid.int().argmax())
+
+
 def prototype_sum(
     features: Tensor,
     prototypes: Tensor,
-    labels: Tensor,
+    base: Tensor,
     keep: Tensor,
     scale: Tensor,
-    target_rows: Tensor | None = None,
+    offsets: Tensor | None = None,
     valid: Tensor | None = None,
     chunk_size: int | None = None,
+    with_accuracy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the rows in ``keep`` of the term's loss, and how many of them put the label first.
+    r"""Sum over the rows in ``keep`` of the term's loss, and how many of them put the base first (if asked for).
 
-    With base b (the label, or any valid prototype where the label's own is not valid), the soft loss is the hard loss for b
-    plus ``-s h.(M_a - P_b)``. The difference is small exactly where the loss is, so that no digits are lost.
+    With base b and offset :math:`M_a - P_b`, the soft loss is the hard loss for b less :math:`s\, h \cdot (M_a - P_b)`. Both
+    are small where the loss is, so that no digits are lost to a difference of large numbers. Hard targets have no offset.
     """
     dtype = product_dtype(features)
     prototypes = prototypes.to(dtype)
     if valid is not None:
         prototypes = prototypes.where(valid[:, None], 0)
-        labels = labels.where(valid[labels], valid.int().argmax())
     h = features.to(dtype).where(keep[:, None], 0)
-    chunk = rows_per_block(prototypes.shape[0], features.device, chunk_size)
+    chunk = rows_per_block(prototypes.shape[0], dtype, chunk_size)
     with_gradient = torch.is_grad_enabled() and (h.requires_grad or scale.requires_grad)
     with_prototypes = torch.is_grad_enabled() and prototypes.requires_grad
+    weight = keep.to(scale.dtype)
     total, correct, *_ = label_nll(
-        h, prototypes, labels, keep.to(scale.dtype), scale, valid, chunk, with_gradient, with_prototypes
+        h, prototypes, base, weight, scale, valid, chunk, with_gradient, with_prototypes, with_accuracy
     )
-    if target_rows is not None:
-        difference = (target_rows.to(scale.dtype) - prototypes.index_select(0, labels)).where(keep[:, None], 0)
-        total = total - scale * (h * difference).sum()
+    if offsets is not None:
+        total = total - scale * (h * offsets.to(scale.dtype).where(keep[:, None], 0)).sum()
     return total, correct.detach()
 
 
@@ -195,28 +201,38 @@ def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: flo
     check.temperature("temperature", temperature)
     check.finite("teacher_centroids", teacher_centroids if valid is None else teacher_centroids[valid])
     check.finite("prototypes", prototypes if valid is None else prototypes[valid])
-    everything = torch.arange(prototypes.shape[0], device=prototypes.device)
-    return soft_target_rows(teacher_centroids, prototypes, temperature, everything, valid)
+    dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
+    labels = torch.arange(prototypes.shape[0], device=prototypes.device)
+    offsets = target_offsets(teacher_centroids, prototypes, temperature, labels, valid)
+    return prototypes.detach().to(dtype)[base_prototypes(labels, valid)] + offsets
 
 
 @torch.no_grad()
-def soft_target_rows(
-    teacher_centroids: Tensor, prototypes: Tensor, temperature: float, rows: Tensor, valid: Tensor | None = None
+def target_offsets(
+    teacher_centroids: Tensor, prototypes: Tensor, temperature: float, labels: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """The rows of :func:`soft_targets` that are asked for, at the price of those rows."""
+    r"""Soft targets of these labels relative to their base prototypes, at the price of these rows.
+
+    .. math::
+        M_a - P_b = \sum_{j \ne b} y_{a j} P_j - \Big( \sum_{j \ne b} y_{a j} \Big) P_b
+
+    Formed so and not by subtraction, an offset keeps all its digits as the targets become hard.
+    """
     dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
-    kind = prototypes.device.type
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(prototypes.device.type, enabled=False):
         centroids, columns = teacher_centroids.to(dtype), prototypes.to(dtype)
+        keys = centroids
         if valid is not None:
-            centroids, columns = centroids.where(valid[:, None], 0), columns.where(valid[:, None], 0)
-        sources = teacher_centroids.to(dtype)
-        targets = columns.new_empty((rows.shape[0], columns.shape[1]))
-        step = rows_per_block(centroids.shape[0], centroids.device, None)
-        for start in range(0, rows.shape[0], step):
+            keys, columns = centroids.where(valid[:, None], 0), columns.where(valid[:, None], 0)
+        base = base_prototypes(labels, valid)[:, None]
+        offsets = columns.new_empty((labels.shape[0], columns.shape[1]))
+        step = rows_per_block(keys.shape[0], dtype, None)
+        for start in range(0, labels.shape[0], step):
             block = slice(start, start + step)
-            logits = (sources[rows[block]] / temperature) @ centroids.T
+            logits = (centroids[labels[block]] / temperature) @ keys.T
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
-            torch.mm(logits.softmax(1), columns, out=targets[block])
-    return targets
+            targets = logits.softmax(1).scatter_(1, base[block], 0)
+            targets.scatter_(1, base[block], -targets.sum(1, keepdim=True))
+            torch.mm(targets, columns, out=offsets[block])
+    return offsets

@@ -1,22 +1,21 @@
-"""How many rows a kernel works on at a time, and in which dtype its products run."""
+"""What both kernels do with one block of logits: how large it is, its product, and the softmax in its place."""
 
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
-
-# Elements of one block of logits. On CPU a block and its temporaries should stay in the cache between the product, the
-# softmax and the second product; on an accelerator the block should be large enough to fill the device.
-CPU_BLOCK = 1 << 21
-ACCELERATOR_BLOCK = 1 << 23
+# Bytes of one block of logits. A block that is too small pays for reading the prototypes again, one that is too large falls
+# out of the cache between the product and the softmax; 64 MB is what the library promises to stay within, with its copies.
+BLOCK_BYTES = 40 * 2**20
+LOW_PRECISION_BLOCK_BYTES = 16 * 2**20  # float32 logits; their low-precision copy is half as large again
 
 
-def rows_per_block(columns: int, device: torch.device, chunk_size: int | None) -> int:
+def rows_per_block(columns: int, dtype: torch.dtype, chunk_size: int | None) -> int:
     """Rows of a block of logits with ``columns`` columns: what the caller asked for, or what fits."""
     if chunk_size is not None:
         return chunk_size
-    elements = CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
-    return max(1, min(1024, elements // max(1, columns)))
+    low = dtype in (torch.float16, torch.bfloat16)
+    item = 8 if dtype == torch.float64 else 4
+    return max(1, min(1024, (LOW_PRECISION_BLOCK_BYTES if low else BLOCK_BYTES) // (item * max(1, columns))))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -27,8 +26,45 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def scaled_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """``scale * a @ b.T`` in the accumulation dtype: a low-precision product is rounded to its dtype, all after it is not."""
-    if a.dtype == accumulation_dtype(a.dtype):
-        return (a * scale) @ b.T
-    return (a @ b.T).to(scale.dtype).mul_(scale)
+class LogitBlocks:
+    """Logits ``s q K^T`` of blocks of queries against all keys, in buffers that are used again from block to block.
+
+    The product is rounded to the dtype of its inputs; everything after it is in the accumulation dtype, that of ``scale``.
+    """
+
+    def __init__(self, keys: Tensor, scale: Tensor, rows: int) -> None:
+        self.keys, self.scale = keys, scale
+        self.low = keys.dtype != scale.dtype
+        self.logits = keys.new_empty((rows, keys.shape[0]), dtype=scale.dtype)
+        self.product = keys.new_empty((rows, keys.shape[0])) if self.low else self.logits
+
+    def __call__(self, queries: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits of these queries, in ``out`` or in the buffer that the next call writes to."""
+        logits = self.logits[: len(queries)] if out is None else out
+        if not self.low:
+            return torch.mm(queries * self.scale, self.keys.T, out=logits)
+        product = torch.mm(queries, self.keys.T, out=self.product[: len(queries)])
+        return logits.copy_(product).mul_(self.scale)
+
+    def rounded(self, probabilities: Tensor) -> Tensor:
+        """Probabilities in the dtype of the products."""
+        return self.product[: len(probabilities)].copy_(probabilities) if self.low else probabilities
+
+
+def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits (b, K) into probabilities in place; return the labels' logits (b,) and ``-log p[label]`` (b,).
+
+    Where p[label] underflows, the loss is taken from the largest probability instead, and from the difference of the two
+    logits, the larger of which is found anew from queries and keys.
+    """
+    label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+    torch.softmax(logits, 1, out=logits)
+    label_probability = logits.gather(1, labels[:, None]).squeeze(1)
+    nll = -label_probability.log()
+    lost = label_probability < 16 * torch.finfo(logits.dtype).tiny
+    # On an accelerator asking whether any is lost would wait for the device.
+    if logits.device.type == "cpu" and not bool(lost.any()):
+        return label_logit, nll
+    largest, winners = logits.max(1)
+    product = (queries.to(scale.dtype) * keys[winners]).sum(1).to(keys.dtype)  # rounded as the block's own
+    return label_logit, torch.where(lost, product * scale - label_logit - largest.log(), nll)

@@ -1,81 +1,155 @@
 """The InfoNCE kernel: image-to-text and text-to-image cross-entropy from the same blocks of logits.
 
-With x_ij = s z^I_i.z^T_j, row and column normalisers R_i, C_j and G_ij = (exp(x_ij - R_i) + exp(x_ij - C_j)) / 2 - [i = j]::
+With x_ij = s z^I_i.z^T_j, log normalisers R_i of the rows and C_j of the columns, and p_ij = exp(x_ij - R_i)::
 
-    loss = sum_i (R_i + C_i) / 2 - x_ii,      d loss / d z^I = s G z^T,      d loss / d z^T = s G^T z^I
+    loss = sum_i (R_i + C_i) / 2 - x_ii
+    G_ij = (p_ij + exp(x_ij - C_j)) / 2 - [i = j] = p_ij (1 + exp(R_i - C_j)) / 2 - [i = j]
+    d loss / d z^I = s G z^T,      d loss / d z^T = s G^T z^I
 
-Two passes over blocks of rows: the first finds the normalisers, the second the gradients. Logits are kept between the two
-while they fit a stated budget (three products in all) and are computed again beyond it (four products, memory linear in B).
+Two passes over blocks of rows: the first finds R, C and p, the second the gradients. The columns need no exponential of their
+own: exp(x_ij) = p_ij exp(R_i), so that C is a matrix-vector product and G a rank-one rescaling of p. The p_ij are kept
+between the passes while they fit a stated budget (three products in all) and are computed again beyond it (four products,
+memory linear in B). Where normalisers lie too far apart for that product, columns get their own exponentials.
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import scaled_product
+from .blocks import LogitBlocks, softmax_nll
 
-Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+# exp(R_i) p_ij stays exact to float32 while no column's normaliser lies further than this below the largest row normaliser:
+# p_ij is flushed to zero below exp(-87), and exp(60 - 87) of a column's mass is less than its last bit.
+REACH = 60.0
 
 
 @torch.library.custom_op(
     "protoclip_losses::pair_nll",
     mutates_args=(),
-    schema="(Tensor image, Tensor text, Tensor scale, int chunk, bool keep_logits, bool with_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor image, Tensor text, Tensor scale, int chunk, bool keep, bool with_gradient, bool with_accuracy) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def pair_nll(image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep_logits: bool, with_gradient: bool) -> Result:
-    """Sum over pairs of the two directions' mean loss, rows and columns whose own pair has the largest logit, gradients."""
+def pair_nll(
+    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool
+) -> Result:
+    """Sum over pairs of the two directions' mean loss, how many images rank their text first, and the sum's gradients.
+
+    Gradients are with respect to image (B, d), text (B, d) and scale (); what is not asked for is empty or zero.
+    """
     batch = image.shape[0]
-    row_lse, column_mass = scale.new_empty(batch), scale.new_zeros(batch)
-    column_top = scale.new_full((batch,), -torch.inf)
-    pair = scale.new_empty(batch)
-    row_top = scale.new_empty(batch)
-    kept: list[Tensor] = []
     with torch.autocast(image.device.type, enabled=False):
-        for start in range(0, batch, chunk):
-            rows = slice(start, start + chunk)
-            logits = scaled_product(image[rows], text, scale)
-            pair[rows] = logits.diagonal(start)
-            row_top[rows] = logits.amax(1)
-            row_lse[rows] = (logits - row_top[rows, None]).exp_().sum(1).log_()
-            top = torch.maximum(column_top, logits.amax(0))
-            column_mass.mul_((column_top - top).exp_()).add_((logits - top).exp_().sum(0))
-            column_top = top
-            if keep_logits and with_gradient:
-                kept.append(logits)
-        column_lse = column_mass.log_()
-        total = ((row_lse + (row_top - pair)).sum() + (column_lse + (column_top - pair)).sum()) / 2
-        correct_rows, correct_columns = (pair >= row_top).sum().to(scale.dtype), (pair >= column_top).sum().to(scale.dtype)
-        grad_scale = scale.new_zeros(())
+        pass_over = _Pass(image, text, scale, min(chunk, batch), with_accuracy)
+        kept = scale.new_empty((batch, batch)) if keep and with_gradient else None
+        row_nll, others = pass_over.normalisers(kept)
+        pair = pass_over.pair
+        rows = pair + row_nll
+        column_nll = F.softplus(others - pair, threshold=torch.inf)
+        columns = pair + column_nll
+        rescaled = image.device.type == "cpu" and bool(columns.min() > rows.max() - REACH)
+        if not rescaled:
+            columns = pass_over.exact_columns()
+            column_nll = columns - pair
+        total = (row_nll.sum() + column_nll.sum()) / 2
         if not with_gradient:
             empty = scale.new_zeros((0, image.shape[1]))
-            return total, correct_rows, correct_columns, empty, empty.clone(), grad_scale
-        grad_image = scale.new_empty(image.shape)
-        grad_text = scale.new_zeros(text.shape)
-        for block, start in enumerate(range(0, batch, chunk)):
-            rows = slice(start, start + chunk)
-            logits = kept[block] if kept else scaled_product(image[rows], text, scale)
-            residual = (logits - row_top[rows, None]).sub_(row_lse[rows, None]).exp_()
-            residual += logits.sub_(column_top).sub_(column_lse).exp_()
-            residual.mul_(0.5).diagonal(start).sub_(1)
-            low = residual.to(image.dtype)
-            direction = (low @ text).to(scale.dtype)
-            grad_scale += (direction * image[rows]).sum()
-            grad_image[rows] = direction * scale
-            grad_text += low.T @ image[rows]
-    return total, correct_rows, correct_columns, grad_image, grad_text * scale, grad_scale
+            return total, pass_over.correct, empty, empty.clone(), scale.new_zeros(())
+        gradients = pass_over.gradients(kept, row_nll, column_nll, rescaled)
+        return total, pass_over.correct, *gradients
+
+
+class _Pass:
+    """The passes over blocks of rows, and what they share."""
+
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool) -> None:
+        self.image, self.text, self.scale, self.chunk = image, text, scale, chunk
+        self.blocks = LogitBlocks(text, scale, chunk)
+        self.own = torch.arange(image.shape[0], device=image.device)
+        self.pair = scale.new_empty(image.shape[0])
+        self.correct = scale.new_zeros(())
+        self.with_accuracy = with_accuracy
+
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, self.image.shape[0], self.chunk):
+            yield slice(start, start + self.chunk)
+
+    def normalisers(self, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-log p_ii of the rows, and log of each column's mass without its own pair. Fills ``kept`` with p, its diagonal 0."""
+        row_nll = torch.empty_like(self.pair)
+        others = torch.full_like(self.pair, -torch.inf)
+        for rows in self.slices():
+            z = self.image[rows]
+            p = self.blocks(z, None if kept is None else kept[rows])
+            self.pair[rows], row_nll[rows] = softmax_nll(p, self.own[rows], z, self.text, self.scale)
+            diagonal = p.diagonal(rows.start)
+            if self.with_accuracy:
+                self.correct += (diagonal >= p.amax(1)).sum()
+            diagonal.zero_()
+            normaliser = self.pair[rows] + row_nll[rows]
+            top = normaliser.max()
+            others = torch.logaddexp(others, ((normaliser - top).exp_() @ p).log_() + top)
+        return row_nll, others
+
+    def exact_columns(self) -> Tensor:
+        """The column normalisers by their own exponentials, with a running maximum."""
+        top = torch.full_like(self.pair, -torch.inf)
+        mass = torch.zeros_like(self.pair)
+        for rows in self.slices():
+            logits = self.blocks(self.image[rows])
+            higher = torch.maximum(top, logits.amax(0))
+            mass = mass * (top - higher).exp() + logits.sub_(higher).exp_().sum(0)
+            top = higher
+        return top + mass.log()
+
+    def gradients(
+        self, kept: Tensor | None, row_nll: Tensor, column_nll: Tensor, rescaled: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of image, text and scale."""
+        rows_lse, columns_lse = self.pair + row_nll, self.pair + column_nll
+        diagonal = torch.expm1(-row_nll) + torch.expm1(-column_nll)  # p_ii + q_ii - 2 without cancellation
+        base = rows_lse.max()
+        right = (base - columns_lse).exp_()
+        grad_image = self.scale.new_empty(self.image.shape)
+        grad_text = self.scale.new_zeros(self.text.shape)
+        grad_scale = self.scale.new_zeros(())
+        buffer = self.scale.new_empty((self.chunk, self.image.shape[0]))
+        for rows in self.slices():
+            z = self.image[rows]
+            factor = buffer[: len(z)]
+            if rescaled and kept is not None:
+                p = kept[rows]
+            else:
+                p = self.blocks(z)
+                if not rescaled:
+                    torch.sub(p, columns_lse, out=factor).exp_()
+                p.sub_(rows_lse[rows, None]).exp_()
+            if rescaled:
+                p.addcmul_(p, torch.outer((rows_lse[rows] - base).exp_(), right, out=factor))
+            else:
+                p.add_(factor)
+            p.diagonal(rows.start).copy_(diagonal[rows])
+            residual = self.blocks.rounded(p)
+            direction = (residual @ self.text).to(self.scale.dtype).mul_(0.5)
+            grad_scale += (direction * z).sum()
+            grad_image[rows] = direction * self.scale
+            grad_text += residual.T @ z
+        return grad_image, grad_text.mul_(self.scale / 2), grad_scale
 
 
 @pair_nll.register_fake
-def _fake(image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep_logits: bool, with_gradient: bool) -> Result:
+def _fake(image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool) -> Result:
     rows = image.shape[0] if with_gradient else 0
     gradients = [scale.new_empty((rows, image.shape[1])) for _ in range(2)]
-    return scale.new_empty(()), scale.new_empty(()), scale.new_empty(()), gradients[0], gradients[1], scale.new_empty(())
+    return scale.new_empty(()), scale.new_empty(()), gradients[0], gradients[1], scale.new_empty(())
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx, grad, *others):  # type: ignore[no-untyped-def]
@@ -87,6 +161,7 @@ def _backward(ctx, grad, *others):  # type: ignore[no-untyped-def]
         (image * grad).to(ctx.dtypes[0]) if needs[0] else None,
         (text * grad).to(ctx.dtypes[1]) if needs[1] else None,
         scale * grad if needs[2] else None,
+        None,
         None,
         None,
         None,

@@ -1,18 +1,18 @@
 """The prototype kernel: hard-label cross-entropy over K prototypes, loss and gradient in one pass over blocks of rows.
 
-Per row, with x_j = s h.P_j and label a::
+Per row, with p = softmax_j(s h.P_j) and label a::
 
-    loss = log sum_j exp(x_j - max x) + (max x - x_a)
+    loss = -log p_a
     d loss / d h = s (sum_j p_j P_j - P_a),   d loss / d s = h.(sum_j p_j P_j - P_a),   d loss / d P_j = s (p_j - [j = a]) h
 
-so forward and backward together take two K-wide products per block (three when the prototypes are learned). The label's
-logit is read from the block itself: where it dominates, ``max x - x_a`` is exactly 0 and a loss of 1e-6 keeps its digits.
+so forward and backward together take two K-wide products per block (three when the prototypes are learned), and no more
+memory than a block of logits.
 """
 
 import torch
 from torch import Tensor
 
-from .blocks import scaled_product
+from .blocks import LogitBlocks, softmax_nll
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -21,7 +21,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     "protoclip_losses::label_nll",
     mutates_args=(),
     schema="(Tensor features, Tensor prototypes, Tensor labels, Tensor weight, Tensor scale, Tensor? valid, int chunk, "
-    "bool with_gradient, bool with_prototype_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool with_gradient, bool with_prototype_gradient, bool with_accuracy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def label_nll(
     features: Tensor,
@@ -33,11 +33,12 @@ def label_nll(
     chunk: int,
     with_gradient: bool,
     with_prototype_gradient: bool,
+    with_accuracy: bool,
 ) -> Result:
-    """Weighted sum of the rows' losses, weighted count of rows whose label has the largest logit, and the gradients.
+    """Weighted sum of the rows' losses, weighted count of rows whose label is the most likely, and the gradients.
 
     ``weight`` (B,) is in the accumulation dtype. Gradients are those of the sum, with respect to features (B, D), prototypes
-    (K, D) and scale (); empty where not asked for.
+    (K, D) and scale (); what is not asked for is empty or zero.
     """
     batch, width = features.shape
     total = weight.new_zeros(())
@@ -46,30 +47,28 @@ def label_nll(
     grad_features = weight.new_zeros((batch if with_gradient else 0, width))
     grad_prototypes = weight.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     with torch.autocast(features.device.type, enabled=False):
+        blocks = LogitBlocks(prototypes, scale, min(chunk, batch))
         for start in range(0, batch, chunk):
             rows = slice(start, start + chunk)
-            h, label, w = features[rows], labels[rows, None], weight[rows, None]
-            logits = scaled_product(h, prototypes, scale)
+            h, label, w = features[rows], labels[rows], weight[rows, None]
+            logits = blocks(h)
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
-            label_logit = logits.gather(1, label)
-            top = logits.amax(1, keepdim=True)
-            logits.sub_(top).exp_()
-            mass = logits.sum(1, keepdim=True)
-            total += ((mass.log() + (top - label_logit)) * w).sum()
-            correct += ((label_logit >= top) * w).sum()
+            _, nll = softmax_nll(logits, label, h, prototypes, scale)
+            total += (nll * w[:, 0]).sum()
+            if with_accuracy:
+                largest = logits.amax(1, keepdim=True)
+                correct += ((logits.gather(1, label[:, None]) >= largest) * w).sum()
             if not (with_gradient or with_prototype_gradient):
                 continue
-            # From here on: mass * (p - onehot). The normaliser is divided out of the small side of each product.
-            logits.scatter_add_(1, label, -mass)
-            residual = logits.to(features.dtype)
-            share = w / mass
+            logits.scatter_(1, label[:, None], torch.expm1(-nll)[:, None])  # p - onehot, the label's entry without cancellation
+            residual = blocks.rounded(logits)
             if with_gradient:
-                direction = (residual @ prototypes).to(weight.dtype).mul_(share)
+                direction = (residual @ prototypes).to(weight.dtype).mul_(w)
                 grad_features[rows] = direction * scale
                 grad_scale += (direction * h).sum()
             if with_prototype_gradient:
-                grad_prototypes += residual.T @ (h * (share * scale)).to(features.dtype)
+                grad_prototypes += residual.T @ (h * (w * scale)).to(features.dtype)
     return total, correct, grad_features, grad_prototypes, grad_scale
 
 
@@ -84,6 +83,7 @@ def _fake(
     chunk: int,
     with_gradient: bool,
     with_prototype_gradient: bool,
+    with_accuracy: bool,
 ) -> Result:
     width = features.shape[1]
     return (
@@ -112,6 +112,7 @@ def _backward(ctx, grad, *others):  # type: ignore[no-untyped-def]
         None,
         None,
         scale * grad if needs[4] else None,
+        None,
         None,
         None,
         None,

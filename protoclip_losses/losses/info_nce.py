@@ -29,8 +29,8 @@ class InfoNCE(nn.Module):
         check_values: read values to check them each step. None means on CPU in eager mode only.
 
     Attributes:
-        metrics: detached tensors of the last forward, this rank's rows: the share of images and of texts that rank their own
-            pair first.
+        metrics: detached tensors of the last forward: ``contrastive_accuracy``, the share of this rank's images whose own text
+            comes first among all texts.
 
     Example:
         >>> import torch
@@ -85,14 +85,14 @@ def info_nce_share(
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
     batch = image.shape[0]
     if group is None:
-        total, images, texts = pair_sum(image, text, scale, chunk_size)
+        total, correct = pair_sum(image, text, scale, chunk_size, with_accuracy=True)
         share = total / batch
     else:
         own = torch.arange(batch, device=image.device) + sum(sizes[: rank(group)])
         keep = torch.ones_like(own, dtype=torch.bool)
         all_images = gather_rows_with_gradient(image, sizes, group)
         all_texts = gather_rows_with_gradient(text, sizes, group)
-        image_total, images = prototype_sum(image, all_texts, own, keep, scale, chunk_size=chunk_size)
-        text_total, texts = prototype_sum(text, all_images, own, keep, scale, chunk_size=chunk_size)
+        image_total, correct = prototype_sum(image, all_texts, own, keep, scale, chunk_size=chunk_size, with_accuracy=True)
+        text_total, _ = prototype_sum(text, all_images, own, keep, scale, chunk_size=chunk_size)
         share = (image_total + text_total) * (world_size(group) / (2 * sum(sizes)))
-    return share, {"contrastive_accuracy/image": images / batch, "contrastive_accuracy/text": texts / batch}
+    return share, {"contrastive_accuracy": correct / batch}

@@ -12,7 +12,7 @@ from .. import _checks as check
 from ..clustering.prototypes import Prototypes, PrototypeTerm
 from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
 from ..functional.contrastive import check_pairs
-from ..functional.prototypes import prototype_sum, soft_targets
+from ..functional.prototypes import prototype_sum, target_offsets
 from ..graph import keep_in_graph
 from .info_nce import info_nce_share
 
@@ -21,22 +21,25 @@ NOT_SET = object()
 
 @dataclass
 class _Term:
-    """The three constants of a term, and the part of the loss dict it is summed into with its weight."""
+    """The constants of a term, and the part of the loss dict it is summed into with its weight.
+
+    Prototypes P, labels, and the targets as offsets M - P; None are hard targets, M = P.
+    """
 
     student: str
     teacher: str
     part: str
     weight: float
     prototypes: Tensor
-    targets: Tensor
+    offsets: Tensor | None
     labels: Tensor
     valid: Tensor | None
 
     def to(self, device: torch.device) -> None:
         """Follow the features to their device."""
         if self.prototypes.device != device:
-            self.prototypes, self.targets = self.prototypes.to(device), self.targets.to(device)
-            self.labels = self.labels.to(device)
+            self.prototypes, self.labels = self.prototypes.to(device), self.labels.to(device)
+            self.offsets = None if self.offsets is None else self.offsets.to(device)
             self.valid = None if self.valid is None else self.valid.to(device)
 
 
@@ -154,8 +157,8 @@ class ProtoLoss(nn.Module):
 
     def _constants(
         self, student: str, teacher: str, term: PrototypeTerm, temperature: float | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """P, M, labels and the mask (None where every prototype is valid)."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """P, M - P, labels and the mask (None where every prototype is valid)."""
         prototypes, centroids = term.prototypes, term.teacher_centroids
         if not self.back_translation:
             if centroids.shape[1] != prototypes.shape[1]:
@@ -169,10 +172,11 @@ class ProtoLoss(nn.Module):
         valid = None if bool(term.valid.all()) else term.valid
         # A student whose own features of a cluster were all dropped has no prototype for it: that label is ignored, not wrong.
         labels = term.labels if valid is None else term.labels.where(valid[term.labels.clamp(min=0)], -1)
-        targets = prototypes
+        offsets = None
         if temperature is not None:
-            targets = soft_targets(centroids, prototypes, temperature, valid=valid)
-        return prototypes, targets, labels, valid
+            everything = torch.arange(len(prototypes), device=prototypes.device)
+            offsets = target_offsets(centroids, prototypes, temperature, everything, valid)
+        return prototypes, offsets, labels, valid
 
     def forward(
         self,
@@ -236,9 +240,9 @@ class ProtoLoss(nn.Module):
             for i, term in enumerate(self._terms):
                 h = projected[term.student]
                 safe = labels[i].where(keeps[i], 0)
-                targets = None if term.targets is term.prototypes else term.targets.index_select(0, safe)
+                offsets = None if term.offsets is None else term.offsets.index_select(0, safe)
                 total, correct = prototype_sum(
-                    h, term.prototypes, safe, keeps[i], scales[i], targets, term.valid, self.chunk_size
+                    h, term.prototypes, safe, keeps[i], scales[i], offsets, term.valid, self.chunk_size, with_accuracy=True
                 )
                 share = total * (world_size(group) / counts[i])
                 parts[term.part] = parts[term.part] + term.weight * share

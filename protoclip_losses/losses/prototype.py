@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.prototypes import check_term, explain_non_finite, prototype_sum, soft_target_rows
+from ..functional.prototypes import base_prototypes, check_term, explain_non_finite, prototype_sum, target_offsets
 
 
 class PrototypeLoss(nn.Module):
@@ -41,7 +41,7 @@ class PrototypeLoss(nn.Module):
         self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
         check.chunk_rows(chunk_size)
         self.chunk_size, self.check_values = chunk_size, check_values
-        self._cache: _TargetCache | None = None
+        self._cache: _OffsetCache | None = None
 
     def forward(
         self,
@@ -80,29 +80,30 @@ class PrototypeLoss(nn.Module):
                 "student_centroids and teacher_centroids are constants here, pass them detached; prototypes that are learned "
                 "go to functional.prototype_cross_entropy"
             )
-        rows = None if hard else self._target_rows(student_centroids, teacher_centroids, safe, valid)
-        total, _ = prototype_sum(student_features, student_centroids, safe, keep, scale, rows, valid, self.chunk_size)
+        offsets = None if hard else self._offsets(student_centroids, teacher_centroids, safe, valid)
+        base = base_prototypes(safe, valid)
+        total, _ = prototype_sum(student_features, student_centroids, base, keep, scale, offsets, valid, self.chunk_size)
         if check.values_are_checked(student_features, self.check_values) and not bool(torch.isfinite(total)):
             explain_non_finite(student_centroids=student_centroids, teacher_centroids=teacher_centroids)
         return total / keep.sum().clamp(min=1)
 
-    def _target_rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
+    def _offsets(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         assert self.target_temperature is not None
         # A cache keyed by identity and version has no place in a traced graph, and inference tensors keep no version.
         if torch.compiler.is_compiling() or student.is_inference() or teacher.is_inference():
-            return soft_target_rows(teacher, student, self.target_temperature, labels, valid)
+            return target_offsets(teacher, student, self.target_temperature, labels, valid)
         if self._cache is None or not self._cache.matches(student, teacher, valid):
-            self._cache = _TargetCache(student, teacher, valid)
+            self._cache = _OffsetCache(student, teacher, valid)
         return self._cache.rows(student, teacher, labels, valid, self.target_temperature)
 
 
-class _TargetCache:
-    """Rows of M for one pair of centroid tensors, filled in as labels ask for them."""
+class _OffsetCache:
+    """Soft targets for one pair of centroid tensors, relative to their base prototypes, filled in as labels ask for them."""
 
     def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
         self.keys = [(weakref.ref(x), x._version) for x in (student, teacher, valid) if x is not None]
         dtype = check.accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
-        self.targets = torch.empty_like(student, dtype=dtype, requires_grad=False)
+        self.offsets = torch.empty_like(student, dtype=dtype, requires_grad=False)
         self.missing = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
         self.num_missing = student.shape[0]
 
@@ -115,7 +116,7 @@ class _TargetCache:
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
         if self.num_missing:
             wanted = torch.unique(labels[self.missing[labels]])
-            self.targets[wanted] = soft_target_rows(teacher, student, temperature, wanted, valid)
+            self.offsets[wanted] = target_offsets(teacher, student, temperature, wanted, valid)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
-        return self.targets.index_select(0, labels)
+        return self.offsets.index_select(0, labels)
