@@ -1,5 +1,7 @@
 """Input checks shared by every public call: each error names the argument, what came and what was wanted."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -87,22 +89,41 @@ def positive_int(name: str, value: int) -> int:
 
 def finite(name: str, x: Tensor, what: str = "rows") -> None:
     """Raise if ``x`` holds NaN or Inf, with the number of rows that do."""
-    if not bool(torch.isfinite(x).all()):
-        bad = ~torch.isfinite(x).reshape(x.shape[0], -1).all(1) if x.dim() else ~torch.isfinite(x).reshape(1)
-        where = f": {int(bad.sum())} of {bad.numel()} {what}, the first at {int(bad.int().argmax())}" if x.dim() else ""
-        raise ValueError(f"{name} must be finite, got NaN or Inf{where}")
+    # A sum is finite only if every entry is; the entries are looked at one by one only where it is not.
+    if math.isfinite(float(x.detach().sum())):
+        return
+    good = torch.isfinite(x).reshape(x.shape[0], -1).all(1)
+    if not bool(good.all()):
+        raise ValueError(
+            f"{name} must be finite, got NaN or Inf: {int((~good).sum())} of {good.numel()} {what}, "
+            f"the first at {int((~good).int().argmax())}"
+        )
 
 
-def label_range(name: str, labels: Tensor, num_prototypes: int, ignored: Tensor | None = None, hint: str = "") -> None:
-    """Raise if a label that counts is outside [0, num_prototypes)."""
-    bad = (labels < 0) | (labels >= num_prototypes)
-    if ignored is not None:
-        bad &= ~ignored
-    if bool(bad.any()):
+def label_range(name: str, labels: Tensor, num_prototypes: int, hint: str = "") -> None:
+    """Raise if a label is outside [0, num_prototypes)."""
+    if labels.numel() == 0:
+        return
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= num_prototypes:
+        bad = (labels < 0) | (labels >= num_prototypes)
         first = int(bad.int().argmax())
         raise ValueError(
             f"{name} must lie in [0, {num_prototypes}){hint}, got {int(labels[first])} at position {first} "
             f"({int(bad.sum())} of {labels.numel()} out of range)"
+        )
+
+
+def labels_valid(name: str, labels: Tensor, keep: Tensor | None, valid: Tensor, hard: bool) -> None:
+    """Raise if no prototype is valid, or with hard targets if a label that counts names one that is not."""
+    if not bool(valid.any()):
+        raise ValueError("valid must leave at least one prototype, got none")
+    wrong = ~valid[labels] if keep is None else keep & ~valid[labels]
+    if hard and bool(wrong.any()):
+        first = int(wrong.int().argmax())
+        raise ValueError(
+            f"{name} must not name an invalid prototype with hard targets: {int(wrong.sum())} rows do, the first at position "
+            f"{first} (valid[{int(labels[first])}] is False)"
         )
 
 

@@ -19,7 +19,7 @@ class PrototypicalBackTranslation(nn.Module):
     batch to :meth:`update` and take the same answer from :meth:`compute`; a streamed sum is kept in float64.
 
     Args:
-        num_prototypes: K.
+        num_prototypes: number K of teacher clusters.
 
     Attributes:
         counts: (K,) int64, samples of each label in the last call or since :meth:`reset`; a row with none is zero.

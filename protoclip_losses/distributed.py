@@ -3,8 +3,8 @@
 Each rank holds its own rows. Rows are gathered inside the loss, and gradients go back to the rank that owns them::
 
     rank 0   z0 ──┐                    ┌── loss of rows z0 against [z0 z1] ──┐
-                  ├─ gather_rows ─[z0 z1]                                    ├─ backward: d[z0 z1] summed over
-    rank 1   z1 ──┘                    └── loss of rows z1 against [z0 z1] ──┘  ranks, each rank keeps its own part
+                  ├─ gather_rows ─[z0 z1]                                    ├─ backward: the sum over ranks
+    rank 1   z1 ──┘                    └── loss of rows z1 against [z0 z1] ──┘  of d[z0 z1], own part kept
 
 A rank's loss is its share: ``world_size * (sum over its rows) / (rows of all ranks)``. The mean of the shares is the loss
 of the whole batch, and the mean of the gradients, which DDP takes, is the gradient of one process on the whole batch.

@@ -8,6 +8,8 @@ scikit-learn, which is imported when they are called: ``pip install 'protoclip-l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -260,6 +262,10 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     )
 
     def score(c: float, x: Any, y: Any, other_x: Any, other_y: Any) -> float:
+        with _few_threads(train_x.numel()):
+            return fit_and_score(c, x, y, other_x, other_y)
+
+    def fit_and_score(c: float, x: Any, y: Any, other_x: Any, other_y: Any) -> float:
         scaler = preprocessing.StandardScaler().fit(x)
         probe = linear_model.LogisticRegression(C=c, max_iter=300, tol=1e-3).fit(scaler.transform(x), y)
         return float(probe.score(scaler.transform(other_x), other_y))
@@ -308,7 +314,8 @@ def grouping(features: Tensor, labels: Tensor, num_clusters: int | None = None, 
     clusters = len(set(labels.tolist())) if num_clusters is None else num_clusters
     if not 1 <= clusters <= len(unit):
         raise ValueError(f"num_clusters: got {clusters}, wanted a number from 1 to the {len(unit)} rows")
-    found = cluster.KMeans(clusters, n_init=10, random_state=seed).fit_predict(unit.double().cpu().numpy())
+    with _few_threads(unit.numel()):
+        found = cluster.KMeans(clusters, n_init=10, random_state=seed).fit_predict(unit.double().cpu().numpy())
     return {
         "ari": float(scores.adjusted_rand_score(labels.numpy(), found)),
         "ami": float(scores.adjusted_mutual_info_score(labels.numpy(), found)),
@@ -349,10 +356,15 @@ def _labels(name: str, labels: Tensor, rows: int) -> Tensor:
     return labels.long()
 
 
+def _few_threads(numbers: int) -> AbstractContextManager[Any]:
+    """One thread for small problems: there BLAS threads wait for each other longer than they work (30 times, measured)."""
+    # threadpoolctl comes with scikit-learn.
+    limits: AbstractContextManager[Any] = import_module("threadpoolctl").threadpool_limits(1 if numbers < 2**22 else None)
+    return limits
+
+
 def _sklearn(module: str) -> Any:
     try:
-        from importlib import import_module
-
         return import_module(f"sklearn.{module}")
     except ImportError as error:
         raise ImportError(

@@ -30,10 +30,11 @@ _INK, _FAINT = "#333333", "#dddddd"
 
 
 def loss_curves(records: Sequence[Mapping[str, float]], path: PathLike) -> Path:
-    r"""Draw every logged loss over the training steps, the raw values faint under their running mean.
+    r"""Draw every logged loss over the training steps: the total dashed, each term faint under its running mean.
 
     The running mean of value :math:`v_t` over a window w of a twentieth of the records is
-    :math:`\tfrac1w \sum_{u=t-w+1}^{t} v_u`, over the values there are.
+    :math:`\tfrac1w \sum_{u=t-w+1}^{t} v_u`, over the values there are; it starts anew where a
+    term was switched off (logged as an exact zero), which is a gap in its line.
 
     Args:
         records: one mapping per logged step, with ``"step"`` and any of ``"loss"``, ``"contrastive_loss"``,
@@ -55,9 +56,7 @@ def loss_curves(records: Sequence[Mapping[str, float]], path: PathLike) -> Path:
         'loss.png'
     """
     if len(records) == 0 or any("step" not in record for record in records):
-        raise ValueError(
-            f"records: got {len(records)} with a 'step' missing or none at all, wanted at least one, each with a 'step'"
-        )
+        raise ValueError(f"records: got {len(records)}, wanted at least one, and a 'step' in each")
     titles = {
         "loss": "total",
         "contrastive_loss": "InfoNCE",
@@ -77,6 +76,10 @@ def loss_curves(records: Sequence[Mapping[str, float]], path: PathLike) -> Path:
             steps = [record["step"] for record in records if name in record]
             # A term that is switched off (warm-up, LiT) is logged as an exact zero: a gap in its line, not a fall to zero.
             values = [float(record[name]) or math.nan for record in records if name in record]
+            if name == "loss":
+                # The sum jumps wherever a term is switched on or off: a running mean would draw a slope there.
+                panel.plot(steps, values, color="#888888", linewidth=1.0, linestyle=(0, (4, 2)), label=title)
+                continue
             if lines is drawn:
                 panel.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
                 values = _running_mean(values, max(1, len(values) // 20))
@@ -253,7 +256,8 @@ def cluster_grid(
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
     """Means over the last `window` values, starting anew after a gap."""
-    means, run = [], []
+    means: list[float] = []
+    run: list[float] = []
     for value in values:
         run = [] if math.isnan(value) else [*run, value][-window:]
         means.append(sum(run) / len(run) if run else math.nan)

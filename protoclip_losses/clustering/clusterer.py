@@ -47,7 +47,7 @@ class EpisodicClusterer:
         \min_{C, a} \sum_{i=1}^{N} \| x_i - C_{a_i} \|^2
 
     Args:
-        num_prototypes: K. The paper has about 10 points per prototype.
+        num_prototypes: number K of clusters; the paper has about 10 points per prototype.
         niter: K-means iterations.
         nredo: K-means runs, the best one being kept.
         backend: ``"faiss"``, or ``"auto"`` which is the same here: on CPU, or on the GPU that ``device`` names.

@@ -32,7 +32,7 @@ class PrototypeTerm:
         check.matrix("teacher_centroids", self.teacher_centroids, rows=num, of=" as prototypes")
         check.integers("labels", self.labels)
         check.valid_mask(self.valid, num)
-        check.label_range("labels", self.labels, num, self.labels == -1, " or be -1")
+        check.label_range("labels", self.labels.where(self.labels != -1, 0), num, " or be -1")
         if not bool(self.valid.any()):
             raise ValueError("valid must leave at least one prototype, got none")
         check.finite("prototypes", self.prototypes[self.valid])

@@ -62,7 +62,7 @@ def label_sums(
     check.same_device("labels", labels, "features", features)
     if check.values_are_checked(features, check_values):
         ignored = labels == -1
-        check.label_range("labels", labels, num_prototypes, ignored, " or be -1")
+        check.label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
         check.finite("features", features[~ignored] if bool(ignored.any()) else features)
     # Samples sorted by label are bags of rows, and a bag is summed in order. Bag 0 holds the samples that are left out.
     order = labels.argsort(stable=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..kernels.blocks import product_dtype, rows_per_block
-from ..kernels.contrastive import pair_nll
+from ..kernels.contrastive import pair_nll_sum
 
 # Bytes of B x B logits that the loss may keep between its two passes. Within it three products, beyond it four.
 LOGITS_BUDGET = 512 * 2**20
@@ -80,7 +80,5 @@ def pair_sum(
     batch = image.shape[0]
     dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
     keep = batch * batch * scale.element_size() <= LOGITS_BUDGET
-    wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     chunk = rows_per_block(batch, dtype, chunk_size)
-    total, correct, *_ = pair_nll(image.to(dtype), text.to(dtype), scale, chunk, keep, wanted, with_accuracy)
-    return total, correct.detach()
+    return pair_nll_sum(image.to(dtype), text.to(dtype), scale, chunk, keep, with_accuracy)

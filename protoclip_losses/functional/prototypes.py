@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..kernels.blocks import product_dtype, rows_per_block
-from ..kernels.prototype import label_nll
+from ..kernels.prototype import label_nll_sum
 
 
 def prototype_cross_entropy(
@@ -68,7 +68,7 @@ def prototype_cross_entropy(
     total, _ = prototype_sum(features, prototypes, base, keep, scale, offsets, valid, chunk_size)
     if check.values_are_checked(features, check_values) and not bool(torch.isfinite(total)):
         explain_non_finite(prototypes=prototypes, targets=targets)
-    return total / keep.sum().clamp(min=1)
+    return total / number_kept(keep, features)
 
 
 def _rows(x: Tensor) -> int | None:
@@ -87,8 +87,11 @@ def check_term(
     ignore_index: int,
     hard: bool,
     check_values: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """Check one term's inputs; return the rows that count (B,) bool and labels with ignored rows moved to prototype 0."""
+) -> tuple[Tensor | None, Tensor]:
+    """Check one term's inputs; return the rows that count (B,) bool, None where it is known that all do, and safe labels.
+
+    Labels of rows that do not count become 0, so that they can be used as an index.
+    """
     check.matrix("features", features)
     check.matrix("prototypes", prototypes, width=features.shape[1], of=" as features")
     check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
@@ -98,20 +101,22 @@ def check_term(
     if prototypes.shape[0] == 0:
         raise ValueError(f"prototypes must have at least one row, got shape {check.shape(prototypes)}")
     keep = labels != ignore_index
-    if check.values_are_checked(features, check_values):
-        check.label_range("labels", labels, prototypes.shape[0], ~keep, f" or be ignore_index={ignore_index}")
-        check.finite("features", features if bool(keep.all()) else features[keep])
-        if valid is not None:
-            if not bool(valid.any()):
-                raise ValueError("valid must leave at least one prototype, got none")
-            wrong = keep & ~valid[labels.where(keep, 0)]
-            if hard and bool(wrong.any()):
-                first = int(wrong.int().argmax())
-                raise ValueError(
-                    f"labels must not name an invalid prototype with hard targets: {int(wrong.sum())} rows do, "
-                    f"the first at position {first} (prototype {int(labels[first])}, valid[{int(labels[first])}] is False)"
-                )
-    return keep, labels.where(keep, 0)
+    if not check.values_are_checked(features, check_values):
+        return keep, labels.where(keep, 0)
+    if bool(keep.all()):
+        keep, safe = None, labels
+    else:
+        safe = labels.where(keep, 0)
+    check.label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
+    check.finite("features", features if keep is None else features[keep])
+    if valid is not None:
+        check.labels_valid("labels", safe, keep, valid, hard)
+    return keep, safe
+
+
+def number_kept(keep: Tensor | None, features: Tensor) -> Tensor | int:
+    """Rows that count, at least 1 so that it can be divided by."""
+    return max(1, features.shape[0]) if keep is None else keep.sum().clamp(min=1)
 
 
 def explain_non_finite(**inputs: Tensor | None) -> None:
@@ -131,7 +136,7 @@ def prototype_sum(
     features: Tensor,
     prototypes: Tensor,
     base: Tensor,
-    keep: Tensor,
+    keep: Tensor | None,
     scale: Tensor,
     offsets: Tensor | None = None,
     valid: Tensor | None = None,
@@ -144,20 +149,19 @@ def prototype_sum(
     are small where the loss is, so that no digits are lost to a difference of large numbers. Hard targets have no offset.
     """
     dtype = product_dtype(features)
-    prototypes = prototypes.to(dtype)
+    h, prototypes = features.to(dtype), prototypes.to(dtype)
     if valid is not None:
         prototypes = prototypes.where(valid[:, None], 0)
-    h = features.to(dtype).where(keep[:, None], 0)
+    if keep is not None:
+        h = h.where(keep[:, None], 0)
     chunk = rows_per_block(prototypes.shape[0], dtype, chunk_size)
-    with_gradient = torch.is_grad_enabled() and (h.requires_grad or scale.requires_grad)
-    with_prototypes = torch.is_grad_enabled() and prototypes.requires_grad
-    weight = keep.to(scale.dtype)
-    total, correct, *_ = label_nll(
-        h, prototypes, base, weight, scale, valid, chunk, with_gradient, with_prototypes, with_accuracy
-    )
+    total, correct = label_nll_sum(h, prototypes, scale, base, keep, valid, chunk, with_accuracy)
     if offsets is not None:
-        total = total - scale * (h * offsets.to(scale.dtype).where(keep[:, None], 0)).sum()
-    return total, correct.detach()
+        offsets = offsets.to(scale.dtype)
+        if keep is not None:
+            offsets = offsets.where(keep[:, None], 0)
+        total = total - scale * (h * offsets).sum()
+    return total, correct
 
 
 def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:

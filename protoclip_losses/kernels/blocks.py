@@ -52,19 +52,18 @@ class LogitBlocks:
 
 
 def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits (b, K) into probabilities in place; return the labels' logits (b,) and ``-log p[label]`` (b,).
+    """Turn logits (b, K) into probabilities in place; return the labels' logits and ``-log p[label]``, all (b, 1).
 
     Where p[label] underflows, the loss is taken from the largest probability instead, and from the difference of the two
     logits, the larger of which is found anew from queries and keys.
     """
-    label_logit = logits.gather(1, labels[:, None]).squeeze(1)
+    label_logit = logits.gather(1, labels)
     torch.softmax(logits, 1, out=logits)
-    label_probability = logits.gather(1, labels[:, None]).squeeze(1)
-    nll = -label_probability.log()
-    lost = label_probability < 16 * torch.finfo(logits.dtype).tiny
-    # On an accelerator asking whether any is lost would wait for the device.
-    if logits.device.type == "cpu" and not bool(lost.any()):
-        return label_logit, nll
-    largest, winners = logits.max(1)
-    product = (queries.to(scale.dtype) * keys[winners]).sum(1).to(keys.dtype)  # rounded as the block's own
-    return label_logit, torch.where(lost, product * scale - label_logit - largest.log(), nll)
+    label_probability = logits.gather(1, labels)
+    # On an accelerator asking whether any underflows would wait for the device.
+    if logits.device.type == "cpu" and float(label_probability.min()) > 16 * torch.finfo(logits.dtype).tiny:
+        return label_logit, label_probability.log_().neg_()
+    largest, winners = logits.max(1, keepdim=True)
+    product = (queries.to(scale.dtype) * keys[winners[:, 0]]).sum(1, keepdim=True).to(keys.dtype)  # rounded as the block's own
+    lost = label_probability <= 16 * torch.finfo(logits.dtype).tiny
+    return label_logit, torch.where(lost, product * scale - label_logit - largest.log(), -label_probability.log())

@@ -13,11 +13,13 @@ memory linear in B). Where normalisers lie too far apart for that product, colum
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import run
 from .blocks import LogitBlocks, softmax_nll
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -27,12 +29,6 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 REACH = 60.0
 
 
-@torch.library.custom_op(
-    "protoclip_losses::pair_nll",
-    mutates_args=(),
-    schema="(Tensor image, Tensor text, Tensor scale, int chunk, bool keep, bool with_gradient, bool with_accuracy) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 def pair_nll(
     image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool
 ) -> Result:
@@ -57,8 +53,7 @@ def pair_nll(
         if not with_gradient:
             empty = scale.new_zeros((0, image.shape[1]))
             return total, pass_over.correct, empty, empty.clone(), scale.new_zeros(())
-        gradients = pass_over.gradients(kept, row_nll, column_nll, rescaled)
-        return total, pass_over.correct, *gradients
+        return total, pass_over.correct, *pass_over.gradients(kept, row_nll, column_nll, rescaled)
 
 
 class _Pass:
@@ -83,7 +78,8 @@ class _Pass:
         for rows in self.slices():
             z = self.image[rows]
             p = self.blocks(z, None if kept is None else kept[rows])
-            self.pair[rows], row_nll[rows] = softmax_nll(p, self.own[rows], z, self.text, self.scale)
+            own, nll = softmax_nll(p, self.own[rows, None], z, self.text, self.scale)
+            self.pair[rows], row_nll[rows] = own[:, 0], nll[:, 0]
             diagonal = p.diagonal(rows.start)
             if self.with_accuracy:
                 self.correct += (diagonal >= p.amax(1)).sum()
@@ -139,33 +135,25 @@ class _Pass:
         return grad_image, grad_text.mul_(self.scale / 2), grad_scale
 
 
-@pair_nll.register_fake
-def _fake(image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool) -> Result:
-    rows = image.shape[0] if with_gradient else 0
-    gradients = [scale.new_empty((rows, image.shape[1])) for _ in range(2)]
+pair_nll_operator = torch.library.custom_op(
+    "protoclip_losses::pair_nll",
+    pair_nll,
+    mutates_args=(),
+    schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool keep, bool with_gradient, bool with_accuracy) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@pair_nll_operator.register_fake
+def _fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> Result:
+    *_, with_gradient, _ = rest
+    gradients = [scale.new_empty((image.shape[0] if with_gradient else 0, image.shape[1])) for _ in range(2)]
     return scale.new_empty(()), scale.new_empty(()), gradients[0], gradients[1], scale.new_empty(())
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.save_for_backward(*output[2:])
-
-
-def _backward(ctx, grad, *others):  # type: ignore[no-untyped-def]
-    if any(other is not None for other in others):
-        raise NotImplementedError("info_nce cannot be differentiated twice: its gradient is a constant")
-    image, text, scale = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    return (
-        (image * grad).to(ctx.dtypes[0]) if needs[0] else None,
-        (text * grad).to(ctx.dtypes[1]) if needs[1] else None,
-        scale * grad if needs[2] else None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-pair_nll.register_autograd(_backward, setup_context=_setup)
+def pair_nll_sum(
+    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_accuracy: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`pair_nll` under autograd: the sum, differentiable, and the count."""
+    wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    return run(pair_nll, pair_nll_operator, image, text, scale, chunk, keep, wanted, with_accuracy)

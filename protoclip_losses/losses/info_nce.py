@@ -89,10 +89,9 @@ def info_nce_share(
         share = total / batch
     else:
         own = torch.arange(batch, device=image.device) + sum(sizes[: rank(group)])
-        keep = torch.ones_like(own, dtype=torch.bool)
         all_images = gather_rows_with_gradient(image, sizes, group)
         all_texts = gather_rows_with_gradient(text, sizes, group)
-        image_total, correct = prototype_sum(image, all_texts, own, keep, scale, chunk_size=chunk_size, with_accuracy=True)
-        text_total, _ = prototype_sum(text, all_images, own, keep, scale, chunk_size=chunk_size)
+        image_total, correct = prototype_sum(image, all_texts, own, None, scale, chunk_size=chunk_size, with_accuracy=True)
+        text_total, _ = prototype_sum(text, all_images, own, None, scale, chunk_size=chunk_size)
         share = (image_total + text_total) * (world_size(group) / (2 * sum(sizes)))
     return share, {"contrastive_accuracy": correct / batch}

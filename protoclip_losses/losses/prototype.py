@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.prototypes import base_prototypes, check_term, explain_non_finite, prototype_sum, target_offsets
+from ..functional.prototypes import base_prototypes, check_term, explain_non_finite, number_kept, prototype_sum, target_offsets
 
 
 class PrototypeLoss(nn.Module):
@@ -85,7 +85,7 @@ class PrototypeLoss(nn.Module):
         total, _ = prototype_sum(student_features, student_centroids, base, keep, scale, offsets, valid, self.chunk_size)
         if check.values_are_checked(student_features, self.check_values) and not bool(torch.isfinite(total)):
             explain_non_finite(student_centroids=student_centroids, teacher_centroids=teacher_centroids)
-        return total / keep.sum().clamp(min=1)
+        return total / number_kept(keep, student_features)
 
     def _offsets(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         assert self.target_temperature is not None

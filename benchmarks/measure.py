@@ -1,0 +1,77 @@
+"""How everything here is measured: interleaved in one process, medians with their spread, memory in a process of its own."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Milliseconds of each call, A B C A B C ..., after one call of each that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for counted in [False] + [True] * repeats:
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            if counted:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], a: str, b: str) -> str:
+    """Median over the rounds of a/b, each round's two calls next to each other in time, and the range."""
+    rounds = [x / y for x, y in zip(times[a], times[b], strict=True)]
+    return f"{statistics.median(rounds):.2f} [{min(rounds):.2f}, {max(rounds):.2f}]"
+
+
+def peak_extra_bytes(call: Call, device: str = "cpu") -> int:
+    """Bytes by which one call raises the peak of this process's resident memory (on CUDA: of allocated memory)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def in_new_process(script: str, *arguments: str) -> dict[str, float]:
+    """Run ``script arguments`` and read the JSON object on its last line: memory is measured where nothing else ran."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True, env=os.environ)
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def machine(device: str) -> str:
+    """One line for the table: what it ran on."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,0 +1,62 @@
+"""How the documentation is built: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. Needs no network."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+import inventories  # noqa: E402
+
+from protoclip_losses import __version__  # noqa: E402
+
+project = "protoclip-losses"
+author = "the protoclip-losses authors"
+copyright = f"2026, {author}"
+version = release = __version__
+
+extensions = [
+    "svgmath",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+default_role = "code"
+
+html_theme = "furo"
+html_title = f"protoclip-losses {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_math_renderer = "svg"
+html_show_sphinx = False
+viewcode_line_numbers = True
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False  # torch.nn.Module's docstrings would appear under methods that we override
+autodoc_typehints = "signature"
+maximum_signature_line_length = 110
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Source"]
+
+intersphinx_mapping = inventories.write(HERE / "_build" / "inventories")
+
+nitpicky = True  # every name in a signature or a text has to lead somewhere; nothing is excepted
+
+# Examples in docstrings are written from inside their module, as pytest's --doctest-modules runs them.
+doctest_global_setup = f"""
+import pathlib
+import torch
+REPOSITORY = pathlib.Path({str(HERE.parent)!r})
+torch.manual_seed(0)
+from protoclip_losses import *
+from protoclip_losses.functional import *
+from protoclip_losses.metrics import *
+from protoclip_losses.pca import *
+from protoclip_losses.plots import *
+"""

@@ -1,0 +1,100 @@
+"""Dense float64 twins of every formula, written from the equations and from nothing in the library.
+
+z: encoder output, h: projected features, s: exponentiated scale, C: a teacher's centroids, P: prototypes in the student's space,
+a: the teacher's label of each sample, valid: which clusters exist. Everything is computed in float64 with autograd.
+"""
+
+import torch
+
+
+def info_nce(z_image, z_text, s):
+    """1/2 [CE(s Z_I Z_T^T, diag) + CE(s Z_T Z_I^T, diag)]"""
+    logits = s * z_image.double() @ z_text.double().T
+    return -(logits.log_softmax(1).diagonal().mean() + logits.T.log_softmax(1).diagonal().mean()) / 2
+
+
+def teacher_distribution(C, temperature, valid=None):
+    """y = softmax(C C^T / tau), (K, K), over the clusters that exist"""
+    exists = torch.ones(len(C), dtype=torch.bool) if valid is None else valid
+    kept = C.double().where(exists[:, None], 0)  # what an empty cluster's row holds is nobody's business but its own
+    return (C.double() @ kept.T / temperature).masked_fill(~exists, -torch.inf).softmax(1)
+
+
+def soft_targets(C, P, temperature, valid=None):
+    """M = softmax(C C^T / tau) P"""
+    P = P.double() if valid is None else P.double().where(valid[:, None], 0)
+    return teacher_distribution(C, temperature, valid) @ P
+
+
+def prototype_cross_entropy(h, P, a, s, C=None, temperature=None, valid=None, ignore_index=-1):
+    """-1/n sum_i sum_j y_ij log p_ij, p = softmax(s h P^T), y one-hot, or softmax(C[a] C^T / tau) at a temperature"""
+    counts = a != ignore_index
+    if not counts.any():
+        return s * (h.double()[:0]).sum()
+    exists = torch.ones(len(P), dtype=torch.bool) if valid is None else valid
+    kept = P.double().where(exists[:, None], 0)
+    log_p = (s * h[counts].double() @ kept.T).masked_fill(~exists, -torch.inf).log_softmax(1)
+    if temperature is None:
+        y = torch.nn.functional.one_hot(a[counts], len(P)).double()
+    else:
+        y = teacher_distribution(C, temperature, valid)[a[counts]]
+    return -(y * log_p).where(exists, 0).sum() / counts.sum()
+
+
+def factored_cross_entropy(h, P, a, s, M, valid=None, ignore_index=-1):
+    """1/n sum_i [logsumexp_j(s h_i.P_j) - s h_i.M[a_i]]: the form for targets that are given as rows"""
+    counts = a != ignore_index
+    h, P = h[counts].double(), P.double()
+    logits = s * h @ P.T if valid is None else (s * h @ P.T).masked_fill(~valid, -torch.inf)
+    return (logits.logsumexp(1) - s * (h * M.double()[a[counts]]).sum(1)).sum() / counts.sum()
+
+
+def back_translate(labels, features, num_prototypes):
+    """P_k = mean of h_i over a_i = k, one cluster at a time"""
+    prototypes = torch.zeros(num_prototypes, features.shape[1], dtype=torch.float64)
+    counts = torch.zeros(num_prototypes, dtype=torch.int64)
+    for k in range(num_prototypes):
+        members = [features[i].double() for i in range(len(labels)) if labels[i] == k]
+        counts[k] = len(members)
+        if members:
+            prototypes[k] = sum(members) / len(members)
+    return prototypes, counts
+
+
+def objective(
+    z,
+    h,
+    s,
+    s_proto,
+    episode,
+    index,
+    *,
+    w_clip=1.0,
+    w_proto=1.0,
+    w_external=1.0,
+    temperature=0.01,
+    external_temperature=None,
+    back_translation=True,
+):
+    """w_clip InfoNCE + w_proto mean of internal terms + sum over external teachers of w_ext mean over students, as three parts.
+
+    z: pair of encoder outputs; h: projected features by modality; ``episode.index`` the samples that were clustered and
+    ``episode.terms`` {(student, teacher): a term with prototypes, teacher_centroids, labels, valid}.
+    """
+    row = {int(sample): i for i, sample in enumerate(episode.index)}
+    rows = torch.tensor([row[int(sample)] for sample in index])
+    students = {student for student, _ in episode.terms}
+    internal, external = [], {}
+    for (student, teacher), term in episode.terms.items():
+        P = term.prototypes if back_translation else term.teacher_centroids
+        tau = temperature if teacher in students else external_temperature
+        value = prototype_cross_entropy(
+            h[student], P, term.labels[rows], s_proto, C=term.teacher_centroids, temperature=tau, valid=term.valid
+        )
+        (internal if teacher in students else external.setdefault(teacher, [])).append(value)
+    weights = w_external if isinstance(w_external, dict) else dict.fromkeys(external, w_external)
+    return {
+        "contrastive_loss": w_clip * info_nce(*z, s),
+        "proto_loss": w_proto * sum(internal) / max(1, len(internal)),
+        "proto_external_loss": sum(weights[t] * sum(values) / len(values) for t, values in external.items()),
+    }

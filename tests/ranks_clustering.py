@@ -1,0 +1,160 @@
+"""Clustering, building and teachers on several processes, each with its own rows, against all rows at once."""
+
+from functools import partial
+
+import dense
+import pytest
+import torch
+from cases import assert_near, integers, unit
+from ranks import LOCAL, assert_same_on_every_rank, own_rows, raises_everywhere
+from text_encoder import CAPTIONS, TextEncoder
+
+from protoclip_losses import EpisodicClusterer, FeatureBank, TeacherAdapter
+from protoclip_losses.clustering import clusterer as clusterer_module
+
+SAMPLES, K = 60, 6
+STUDENTS = {"image": unit(SAMPLES, 4, 1, torch.float32), "text": unit(SAMPLES, 4, 2, torch.float32)}
+TEACHER = unit(SAMPLES, 7, 3, torch.float32)
+
+
+def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
+    shares = [30, 1, 0, 25][:world_size]
+    x = unit(sum(shares), 4, 5, torch.float32)
+    x[3] = torch.nan  # on rank 0 alone
+    own = x[own_rows(rank, shares)]
+    clusters, whole = (EpisodicClusterer(K, max_dropped=0.1, **group).fit(rows) for rows, group in ((own, {}), (x, LOCAL)))
+    assert torch.equal(clusters.centroids, whole.centroids)
+    assert torch.equal(clusters.labels, whole.labels[own_rows(rank, shares)])
+    assert torch.equal(clusters.counts, whole.counts)
+    assert clusters.objective == pytest.approx(whole.objective)
+    assert clusters.dropped == 1
+    assert_same_on_every_rank(clusters.centroids, clusters.counts, torch.tensor(clusters.objective, dtype=torch.float64))
+
+
+def build_gives_every_rank_the_prototypes_of_all_rows(rank, world_size, folder):
+    """Shares of an episode in random order, padded as a DistributedSampler does; the first copy of a sample is the one kept."""
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(4))
+    shards = [order[r::world_size] for r in range(world_size)]
+    index = torch.cat([shards[rank], shards[0][: 3 * rank], shards[rank][:2]])
+    bank = FeatureBank(index, 4)
+    # A copy on a later rank carries other features, as another augmentation would give it.
+    features = {name: x[index] + 0.5 * (torch.arange(len(index)) >= len(shards[rank]))[:, None] for name, x in STUDENTS.items()}
+    first = len(shards[rank])
+    bank.update(index[first:], features["image"][first:], features["text"][first:])
+    bank.update(index[:first], features["image"][:first], features["text"][:first])
+    prototypes = EpisodicClusterer(K).build(bank, {"t": TeacherAdapter.from_tensor(TEACHER)})
+
+    assert torch.equal(prototypes.index, torch.arange(SAMPLES))
+    sources = {**STUDENTS, "t": TEACHER}
+    assert set(prototypes.terms) == {(s, t) for s in STUDENTS for t in sources if s != t}
+    for (student, teacher), term in prototypes.terms.items():
+        distances = (sources[teacher].double()[:, None] - term.teacher_centroids.double()).square().sum(2)
+        assert torch.equal(term.labels, distances.argmin(1))
+        means, counts = dense.back_translate(term.labels, STUDENTS[student], K)
+        assert_near(term.prototypes, means, 1e-6)
+        assert torch.equal(term.valid, counts > 0)
+        assert_same_on_every_rank(term.prototypes, term.teacher_centroids, term.labels, term.valid.int())
+    anyones = integers(SAMPLES, 20, seed=rank)  # whoever extracted them
+    assert torch.equal(prototypes.positions(anyones), anyones)
+
+
+def a_rank_without_samples_takes_part(rank, world_size, folder):
+    has = rank < max(1, world_size - 1)
+    index = torch.arange(rank, SAMPLES, max(1, world_size - 1)) if has else torch.arange(0)
+    bank = FeatureBank(index, 4)
+    bank.update(index, STUDENTS["image"][index], STUDENTS["text"][index])
+    prototypes = EpisodicClusterer(K).build(bank, [TeacherAdapter.from_tensor(TEACHER)])
+    assert torch.equal(prototypes.index, torch.arange(SAMPLES))
+    for term in prototypes.terms.values():
+        assert_same_on_every_rank(term.prototypes, term.labels)
+        assert torch.bincount(term.labels, minlength=K).sum() == SAMPLES
+
+
+def rows_that_one_rank_lost_are_left_out(rank, world_size, folder):
+    index = torch.arange(rank, SAMPLES, world_size)
+    bank = FeatureBank(index, 4)
+    text = STUDENTS["text"].clone()
+    text[world_size - 1] = torch.nan  # held by the last rank
+    bank.update(index, STUDENTS["image"][index], text[index])
+    prototypes = EpisodicClusterer(K, max_dropped=0.1).build(bank)
+    assert (prototypes.terms["image", "text"].labels == -1).nonzero().flatten().tolist() == [world_size - 1]
+    term = prototypes.terms["text", "image"]
+    means, _ = dense.back_translate(term.labels.where(text.isfinite().all(1), -1), text, K)
+    assert_near(term.prototypes, means, 1e-6)
+
+
+def bad_clustering_input_on_one_rank_raises_on_all(rank, world_size, folder):
+    bad = world_size - 1
+    x = unit(10, 4, rank, torch.float32)
+    fit = EpisodicClusterer(3).fit
+    for features, error, message in ((x[0], ValueError, "2 dimensions"), (x.long(), TypeError, "features must be float16")):
+        raises_everywhere(partial(fit, features if rank == bad else x), bad, error, message)
+        assert fit(x).counts.sum() == 10 * world_size
+
+    index = 10 * rank + torch.arange(10)
+
+    def build(written=index, teachers=()):
+        bank = FeatureBank(index, 4)
+        mine = written if rank == bad else index
+        bank.update(mine, x[: len(mine)], x[: len(mine)])
+        return EpisodicClusterer(3).build(bank, teachers)
+
+    short = TeacherAdapter.from_tensor(unit(10 * bad + 5, 6))
+    raises_everywhere(partial(build, index[:7]), bad, ValueError, "3 of 10 rows were never written")
+    raises_everywhere(partial(build, teachers={"t": short}), bad, IndexError, "teacher, which has .* 5 of 10 are outside")
+    assert len(build().index) == 10 * world_size
+
+
+def too_many_bad_rows_on_one_rank_raise_on_all(rank, world_size, folder):
+    """The verdict is of all rows, so that every rank says the same."""
+    x = unit(10, 4, rank, torch.float32)
+    if rank == world_size - 1:
+        x[:4] = torch.nan
+    with pytest.raises(ValueError, match=f"NaN or Inf in 4 of {10 * world_size} rows"):
+        EpisodicClusterer(3).fit(x)
+    assert EpisodicClusterer(3, max_dropped=0.4).fit(x).dropped == 4
+    with pytest.raises(ValueError, match=f"as num_prototypes=100, got {10 * world_size - 4};"):
+        EpisodicClusterer(100, max_dropped=0.4).fit(x)
+
+
+def an_error_in_kmeans_raises_on_all(rank, world_size, folder):
+    real = clusterer_module.kmeans
+
+    def failing(*args, **kwargs):
+        raise MemoryError("no room")
+
+    clusterer_module.kmeans = failing
+    try:
+        raises_everywhere(lambda: EpisodicClusterer(3).fit(unit(10, 4, rank)), 0, MemoryError, "no room")
+    finally:
+        clusterer_module.kmeans = real
+    assert EpisodicClusterer(3).fit(unit(10, 4, rank)).counts.sum() == 10 * world_size
+
+
+def one_rank_encodes_for_all(rank, world_size, folder):
+    encode = TextEncoder()
+    teacher = TeacherAdapter.from_encoder(encode, CAPTIONS, folder / "t.npy", dim=4, progress=False)
+    assert len(encode.seen) == (len(CAPTIONS) if rank == 0 else 0)
+    assert_same_on_every_rank(teacher[torch.arange(len(CAPTIONS))], teacher.encode(CAPTIONS[:3]))
+
+    def broken(captions):
+        raise OSError("no model")
+
+    raises_everywhere(
+        lambda: TeacherAdapter.from_encoder(broken, CAPTIONS, folder / "u.npy", progress=False), 0, OSError, "no model"
+    )
+    raises_everywhere(
+        lambda: TeacherAdapter.from_encoder(encode, CAPTIONS, folder / "t.npy", dim=99, progress=False), 0, ValueError, "dim must"
+    )
+
+
+CASES = [
+    bad_clustering_input_on_one_rank_raises_on_all,
+    too_many_bad_rows_on_one_rank_raise_on_all,
+    an_error_in_kmeans_raises_on_all,
+    fit_gives_every_rank_the_clustering_of_all_rows,
+    build_gives_every_rank_the_prototypes_of_all_rows,
+    a_rank_without_samples_takes_part,
+    rows_that_one_rank_lost_are_left_out,
+    one_rank_encodes_for_all,
+]

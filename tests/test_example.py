@@ -1,0 +1,265 @@
+"""The example as its user runs it: in processes of its own, killed and resumed, on files that it did not ship."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pair_files import jpeg, write_folder, write_shards, write_table
+from pairs import Pairs, emoji_pairs
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "examples" / "train_cc3m.py")
+
+TINY = ["--batch-size", "16", "--head-width", "32", "--projection-width", "16", "--held-out", "0.15", "--log-every", "1"]
+TINY += ["--workers", "1", "--teacher", "none", "--num-prototypes", "6"]
+TIME_LIMIT = 150
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Pairs:
+    return emoji_pairs(40, styles=("twemoji",))
+
+
+@pytest.fixture(scope="module")
+def table(emoji: Pairs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("table")
+    lines = []
+    for i in range(0, 1500, 6):
+        (folder / f"{i}.jpg").write_bytes(jpeg(emoji, i))
+        lines.append(f"{i}.jpg\t{emoji.captions[i]}\n")
+    (folder / "pairs.tsv").write_text("".join(lines))
+    return str(folder / "pairs.tsv")
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = (), threads: int = 1) -> subprocess.Popen[str]:
+    # Bars are redrawn after each batch, as that is how the tests see where a run is.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], limit: float = TIME_LIMIT) -> str:
+    """All it wrote; its whole session is killed if it takes too long."""
+    try:
+        return process.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        written = process.communicate()[0]
+        pytest.fail(f"the example took more than {limit} s:\n{written[-3000:]}")
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = (), threads: int = 1, status: int = 0) -> str:
+    process = start(*arguments, launcher=launcher, threads=threads)
+    written = finish(process)
+    assert process.returncode == status, written[-3000:]
+    return written
+
+
+def run_until(pattern: str, number: signal.Signals, delay: float, *arguments: str) -> str:
+    """Start the example, wait until its output matches, wait `delay`, send the signal to its session; what it wrote."""
+    process = start(*arguments)
+    watchdog = threading.Timer(TIME_LIMIT, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    written = ""
+    assert process.stdout is not None
+    # Character by character: a progress bar ends its lines with a carriage return.
+    while not re.search(pattern, written[-400:]):
+        character = process.stdout.read(1)
+        assert character, f"ended before {pattern!r} appeared:\n{written[-3000:]}"
+        written += character
+    time.sleep(delay)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    written += finish(process)
+    watchdog.cancel()
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), written[-3000:]
+    return written
+
+
+def last_state(run_dir: Path) -> dict[str, Any]:
+    pointer = json.loads((run_dir / "checkpoint.json").read_text())
+    state: dict[str, Any] = torch.load(run_dir / pointer["folder"] / "shared.pt", weights_only=True)
+    return state
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_run_folder(run_dir: Path, columns: set[str]) -> dict[str, dict[str, float]]:
+    for name in ("loss_curves.png", "map.png", "clusters.png"):
+        data = (run_dir / name).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 5000, name
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    rows: dict[str, dict[str, float]] = json.loads((run_dir / "table.json").read_text())
+    assert next(iter(rows)) == "random encoder"
+    assert len(rows) == 2
+    for row in rows.values():
+        assert set(row) == columns
+        assert all(math.isfinite(value) for value in row.values())
+    steps = [record["step"] for record in records(run_dir)]
+    assert steps == sorted(set(steps))
+    assert all(math.isfinite(value) for record in records(run_dir) for value in record.values())
+    return rows
+
+
+WITHOUT_LABELS = {"modality_gap"} | {f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+WITH_LABELS = WITHOUT_LABELS | {"zero_shot_group", "zero_shot_subgroup", "linear_probe", "ari", "ami"}
+
+
+def test_embedded_pairs_end_to_end(tmp_path: Path) -> None:
+    written = run("--run-dir", str(tmp_path), "--episodes", "4", "--episode-size", "1024", "--log-every", "2", threads=2)
+    rows = check_run_folder(tmp_path, WITH_LABELS)
+    assert rows["trained, protoclip"]["zero_shot_group"] > rows["random encoder"]["zero_shot_group"] + 0.1
+    assert (tmp_path / "table.txt").read_text().strip() in written
+    for shown in ("extraction", "clustering 1,024 pairs into 102 prototypes by image, text, minilm", "training", "batch/s"):
+        assert shown in written
+    kinds = {(r["proto_loss"] > 0, r["proto_external_loss"] > 0, r["episode"]) for r in records(tmp_path)}
+    assert kinds == {(False, False, 0), (True, True, 1), (True, True, 2), (False, False, 3)}
+    assert len((tmp_path / "train_captions.txt").read_text(encoding="utf-8").splitlines()) == 3094
+
+
+@pytest.mark.parametrize("form", ["shards", "table", "folder"])
+def test_files_that_the_example_did_not_ship(form: str, emoji: Pairs, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    if form == "table":
+        source, good = write_table(data, emoji, header=True)
+    else:
+        source, good = {"shards": write_shards, "folder": write_folder}[form](data, emoji)
+    run_dir = tmp_path / "run"
+    written = run("--train-data", source, "--run-dir", str(run_dir), *TINY, "--episodes", "3", "--workers", "2")
+    check_run_folder(run_dir, WITHOUT_LABELS)
+    broken = {"shards": 3, "table": 4, "folder": 2}[form]
+    assert f"{len(good)} usable pairs, {broken} dropped (" in written
+    assert written.count(" WARNING dropped ") == broken
+    assert (run_dir / "log.txt").read_text().count(" WARNING dropped ") == broken
+
+
+def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table: str, tmp_path: Path) -> None:
+    arguments = ["--train-data", table, *TINY, "--batch-size", "8", "--episodes", "5", "--save-every", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*arguments, "--run-dir", str(whole))
+    places = [
+        ("episode 2/5 extraction: +[1-9]", 0.0),
+        ("episode 3/5: clustering", 0.0),
+        ("episode 3/5 training: +[1-9]", 0.0),
+        ("episode 4/5 training", random.Random(0).uniform(0, 0.5)),
+    ]
+    at = []
+    for number, (pattern, delay) in enumerate(places):
+        resume = ["--run-dir", str(killed), "--resume"] if number else [*arguments, "--run-dir", str(killed)]
+        written = run_until(pattern, signal.SIGKILL, delay, *resume)
+        at.append((last_state(killed)["at"]["stage"], last_state(killed)["at"]["step"]))
+        assert number == 0 or "resuming after step" in written
+    # The kills did hit: none of them found the run finished.
+    steps = last_state(whole)["at"]["step"]
+    assert all(step < steps for _, step in at), at
+    assert at[0][0] == "extraction"
+    run("--run-dir", str(killed), "--resume")
+    one, other = last_state(whole), last_state(killed)
+    assert one["at"]["step"] == other["at"]["step"]
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+    for number, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
+    assert records(whole) == records(killed)
+    assert json.loads((whole / "table.json").read_text()) == json.loads((killed / "table.json").read_text())
+
+
+def test_sigterm_saves_and_stops(table: str, tmp_path: Path) -> None:
+    arguments = ["--train-data", table, "--run-dir", str(tmp_path / "run"), *TINY, "--episodes", "40", "--save-every", "1000"]
+    written = run_until("episode 2/40 training: +[1-9]", signal.SIGTERM, 0.0, *arguments)
+    assert "stopped and saved; go on with: python" in written
+    step = last_state(tmp_path / "run")["at"]["step"]
+    assert 13 < step < 400
+    assert records(tmp_path / "run")[-1]["step"] == step
+
+
+def test_two_processes_train_as_one_does(table: str, tmp_path: Path) -> None:
+    arguments = ["--train-data", table, *TINY, "--episodes", "3", "--head-norm", "layer", "--save-every", "3"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run(*arguments, "--run-dir", str(tmp_path / "one"))
+    run(*arguments, "--run-dir", str(tmp_path / "two"), launcher=launcher)
+    check_run_folder(tmp_path / "two", WITHOUT_LABELS)
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [record["step"] for record in one] == [record["step"] for record in two]
+    # The same samples, gradients and steps: in the warm-up nothing differs but the order of float32 sums. After it K-means
+    # starts from other rows, as each process brings its own: other clusters, as good as those.
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4 if a["episode"] == 0 else 0.05)
+    written = run("--run-dir", str(tmp_path / "two"), "--resume", status=1)
+    assert "has 2 processes" in written
+
+
+def test_plain_clip_needs_neither_prototypes_nor_teacher(table: str, tmp_path: Path) -> None:
+    written = run("--train-data", table, "--run-dir", str(tmp_path), *TINY, "--episodes", "2", "--method", "clip")
+    rows = check_run_folder(tmp_path, WITHOUT_LABELS)
+    assert list(rows) == ["random encoder", "trained, clip"]
+    assert "clustering" not in written
+    assert {record["proto_loss"] for record in records(tmp_path)} == {0.0}
+
+
+def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    wrong, right = tmp_path / "wrong.npy", tmp_path / "right.npy"
+    np.save(wrong, np.zeros((7, 8), np.float32))
+    arguments = ["--train-data", table, *TINY, "--episodes", "3"]
+    written = run(*arguments, "--run-dir", str(tmp_path / "a"), "--teacher", str(wrong), status=1)
+    assert "has 7 rows and there are" in written
+    captions = (tmp_path / "a" / "train_captions.txt").read_text(encoding="utf-8").splitlines()
+    rows = np.stack([np.bincount([ord(c) % 32 for c in caption], minlength=32) for caption in captions])
+    np.save(right, rows.astype(np.float16))
+    written = run(*arguments, "--run-dir", str(tmp_path / "b"), "--teacher", str(right), "--teacher-width", "8")
+    assert "by image, text, right" in written
+    assert any(record["proto_external_loss"] > 0 for record in records(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-prototypes", "9999"], "--num-prototypes 9999 is more than"),
+        (["--episode-size", "9999"], "--episode-size 9999 is more than"),
+        (["--batch-size", "9999"], "--batch-size 9999 is more than"),
+        (["--teacher", "nowhere.npy"], "no such file"),
+        (["--model", "RN50"], "pip install open_clip_torch|train"),
+        (["--precision", "fp16", "--device", "cpu"], "needs a GPU"),
+        (["--resume"], "is not the folder of a run"),
+        (["--held-out", "1.5"], "share between 0 and 1"),
+    ],
+)
+def test_a_wrong_argument_says_what_is_wanted(arguments: list[str], message: str, table: str, tmp_path: Path) -> None:
+    if arguments[0] == "--model":
+        try:
+            import open_clip  # noqa: F401
+
+            pytest.skip("open_clip is installed")
+        except ImportError:
+            pass
+    process = start("--train-data", table, "--run-dir", str(tmp_path / "run"), *TINY, *arguments)
+    written = finish(process)
+    assert process.returncode in (1, 2)
+    assert re.search(message, written), written[-2000:]
+    assert "Traceback" not in written

@@ -1,0 +1,145 @@
+"""Pictures are drawn from real pairs, looked at as pixels, and leave no trace in matplotlib's global state."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pair_files import emoji_with_groups
+from PIL import Image
+
+from protoclip_losses import plots
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    pairs, groups = emoji_with_groups()
+    pixels = torch.nn.functional.adaptive_avg_pool2d(pairs.pictures.float() / 255, 4).flatten(1)
+    return pairs, pixels - pixels.mean(0), groups
+
+
+def pixels_of(path):
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB")).astype(int)
+
+
+def colour_shares(path, *colours):
+    """Share of the pixels that are (nearly) of each colour."""
+    image = pixels_of(path)
+    wanted = [np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in colours]
+    return [float((np.abs(image - colour).max(2) < 24).mean()) for colour in wanted]
+
+
+def records(steps=200):
+    out = []
+    for step in range(steps):
+        on = 20 <= step < 180
+        terms = {"contrastive_loss": 4 - step / 100, "proto_loss": 3.0 * on, "proto_external_loss": 0.0}
+        out.append({"step": step, "loss": sum(terms.values()), **terms, "logit_scale": 14 + step / 50, "logit_scale_proto": 14.0})
+    return out
+
+
+def test_loss_curves_draw_the_terms_that_occur(tmp_path):
+    path = plots.loss_curves(records(), tmp_path / "loss.png")
+    info_nce, proto, external = colour_shares(path, "#0072b2", "#e69f00", "#009e73")
+    assert path == tmp_path / "loss.png"
+    assert min(info_nce, proto) > 1e-3
+    assert external < 1e-4
+
+
+def test_running_mean_starts_anew_after_a_gap():
+    nan = float("nan")
+    got = plots._running_mean([1.0, 3.0, 5.0, nan, 7.0, 9.0], 2)
+    np.testing.assert_allclose(got, [1, 2, 4, nan, 7, 8])
+
+
+def test_modality_map_shows_every_category_and_both_modalities(emoji, tmp_path):
+    _, image, groups = emoji
+    names = [f"group {i}" for i in range(9)]
+    path = plots.modality_map(image, image.roll(1, 0) + 1.0, groups, names, str(tmp_path / "map.png"))
+    assert min(colour_shares(path, *plots._COLOURS[:9])) > 1e-4
+    path = plots.modality_map(image, image + 1.0, None, None, tmp_path / "plain.png")
+    both = colour_shares(path, *plots._COLOURS[:3])
+    assert min(both[:2]) > 1e-4
+    assert both[2] < 1e-5
+
+
+def test_cluster_grid_shows_pictures_of_one_cluster_in_a_row(tmp_path):
+    colours = torch.tensor([[200, 30, 30], [30, 160, 30], [30, 30, 200]], dtype=torch.uint8)
+    labels = torch.arange(30) % 3
+    pictures = colours[labels][:, :, None, None].expand(-1, -1, 16, 16)
+    path = plots.cluster_grid(pictures, labels, ["caption"] * 30, tmp_path / "grid.png", per_cluster=4)
+    image = pixels_of(path)
+    rows = [np.nonzero((np.abs(image - colour.numpy().astype(int)).max(2) < 24).sum(1) > 200)[0] for colour in colours]
+    assert all(len(row) > 50 for row in rows)
+    assert all(a.max() < b.min() for a, b in itertools.pairwise(rows))
+
+
+def test_cluster_grid_takes_pictures_that_are_read_on_demand(emoji, tmp_path):
+    pairs, _, groups = emoji
+
+    class OnDemand:
+        asked = 0
+
+        def __getitem__(self, index):
+            self.asked += len(index)
+            return pairs.pictures[index]
+
+    pictures = OnDemand()
+    plots.cluster_grid(pictures, groups - 1, list(pairs.captions), tmp_path / "grid.png", num_clusters=3, per_cluster=5)
+    assert pictures.asked == 15
+
+
+def test_small_and_odd_input(tmp_path):
+    two = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert plots.modality_map(two.half(), two.half(), torch.tensor([0, 0]), ["a"], tmp_path / "a.png").exists()
+    assert plots.loss_curves([{"step": 3, "loss": 1.0}], tmp_path / "b.png").exists()
+    one = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    assert plots.cluster_grid(one, torch.tensor([4]), [""], tmp_path / "c.png").exists()
+
+
+X = torch.eye(4)
+PICTURES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: plots.loss_curves([], p), "records: got 0"),
+        (lambda p: plots.loss_curves([{"loss": 1.0}], p), "a 'step' in each"),
+        (lambda p: plots.loss_curves([{"step": 1, "other": 1.0}], p), "records: got none of loss"),
+        (lambda p: plots.modality_map(X, X[:3], None, None, p), r"got shapes \(4, 4\) and \(3, 4\)"),
+        (lambda p: plots.modality_map(X, X, torch.arange(4), None, p), "got one without the other"),
+        (lambda p: plots.modality_map(X, X, torch.arange(3), ["a"] * 4, p), r"categories: got shape \(3,\)"),
+        (lambda p: plots.modality_map(X, X, torch.arange(4), ["a"], p), r"outside \[0, 1\)"),
+        (lambda p: plots.cluster_grid(PICTURES, torch.arange(3), ["a"] * 4, p), r"labels: got shape \(3,\)"),
+        (lambda p: plots.cluster_grid(PICTURES[:3], torch.arange(4), ["a"] * 4, p), "pictures: got shape"),
+        (lambda p: plots.cluster_grid(PICTURES, torch.arange(4) - 9, ["a"] * 4, p), "no row that is in a cluster"),
+        (lambda p: plots.cluster_grid(PICTURES, torch.arange(4), ["a"] * 4, p, num_clusters=0), "wanted at least 1"),
+    ],
+)
+def test_bad_input_names_the_argument(call, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "x.png")
+
+
+def test_pyplot_is_left_alone_and_a_missing_matplotlib_named(tmp_path):
+    code = f"""
+import sys
+from protoclip_losses import plots
+assert "matplotlib" not in sys.modules
+plots.loss_curves([{{"step": 1, "loss": 2.0}}], {str(tmp_path / "a.png")!r})
+assert "matplotlib.pyplot" not in sys.modules
+for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+    del sys.modules[name]
+sys.modules["matplotlib"] = None
+try:
+    plots.loss_curves([{{"step": 1, "loss": 2.0}}], {str(tmp_path / "b.png")!r})
+except ImportError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "pip install 'protoclip-losses[plots]'" in ended.stdout
