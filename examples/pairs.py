@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -150,8 +151,15 @@ def load_batches(
         sampler=order,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),
     )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and batch systems signal all processes of a job; the parent saves and stops, and needs its workers until then."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- the embedded default --------------------------------------------------------------------------------------------

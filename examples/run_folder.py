@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ def open_run_dir(args: argparse.Namespace, rank: int, world_size: int) -> Path:
     return run_dir
 
 
-class _BesideBars(logging.StreamHandler[TextIO]):
+class _BesideBars(logging.Handler):
     """Writes above the progress bars, where a plain handler would cut through them."""
 
     def emit(self, record: logging.LogRecord) -> None:

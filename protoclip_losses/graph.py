@@ -24,7 +24,10 @@ def keep_in_graph(value: Tensor, *inputs: Any) -> Tensor:
     DDP with find_unused_parameters=False waits for a gradient of every parameter. Adding ``0 * x.sum()`` would give it one,
     and turn a NaN in x into a NaN in the loss.
     """
-    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    wanted: list[Tensor] = []
+    for x in inputs:
+        if isinstance(x, Tensor) and x.requires_grad and not any(x is other for other in wanted):
+            wanted.append(x)
     if not wanted or not torch.is_grad_enabled():
         return value
     kept: Tensor = _KeepInGraph.apply(value, *wanted)  # type: ignore[no-untyped-call]

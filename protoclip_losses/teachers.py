@@ -114,12 +114,13 @@ class TeacherAdapter:
             if rank(group) > 0 or dim is None:
                 return
             fitted = dict(np.load(saved)) if saved.exists() else {}
-            if fitted and fitted["components"].shape[1] == dim and bool(fitted["normalize"]) == normalize:
+            same = {"texts": json.loads(path.with_suffix(".json").read_text())["texts"], "normalize": normalize, "dim": dim}
+            if fitted and json.loads(str(fitted["of"])) == same:
                 return
             pca = adapter._fit(dim)
             assert pca is not None
             temporary = saved.with_suffix(".tmp.npz")
-            np.savez(temporary, mean=pca.mean.numpy(), components=pca.components.numpy(), normalize=normalize)
+            np.savez(temporary, mean=pca.mean.numpy(), components=pca.components.numpy(), of=json.dumps(same))
             temporary.replace(saved)
 
         agree(fit, group)
@@ -224,6 +225,8 @@ def _encode_to_file(encode: Encode, texts: Sequence[str], path: Path, batch_size
         if state["texts"] != digest:
             raise ValueError(f"cache {path} was made from other texts ({state['count']} of them): delete it or name another file")
         done = int(state["done"])
+        if 0 < done < len(texts) and state["dtype"] != dtype:
+            raise ValueError(f"cache {path} was begun in {state['dtype']}, got dtype={dtype!r}: delete it or name another file")
     if done == len(texts):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +240,7 @@ def _encode_to_file(encode: Encode, texts: Sequence[str], path: Path, batch_size
         rows[start : start + len(block)] = block
         rows.flush()
         temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"texts": digest, "count": len(texts), "done": start + len(block)}))
+        temporary.write_text(json.dumps({"texts": digest, "count": len(texts), "done": start + len(block), "dtype": dtype}))
         temporary.replace(record)
 
 

@@ -156,7 +156,7 @@ TABLE = {
         "invalid prototype",
         "1 rows",
         "position 3",
-        "prototype 3",
+        "valid[3] is False",
     ),
     "features with NaN": (lambda: cross_entropy(at(H, 4, NAN)), ValueError, "features", "finite", "1 of 6 rows", "first at 4"),
     "features with NaN beside an ignored row": (

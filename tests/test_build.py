@@ -1,5 +1,7 @@
 """EpisodicClusterer.build: the prototypes of an episode, and their state."""
 
+from dataclasses import FrozenInstanceError
+
 import dense
 import pytest
 import torch
@@ -287,7 +289,8 @@ def test_positions_without_value_checks_assert_on_the_device():
     prototypes = Prototypes(torch.tensor([30, 10]), {("image", "text"): term})
     assert prototypes.positions(torch.tensor([10]), check_values=False).tolist() == [1]
     with pytest.raises(RuntimeError):
-        prototypes.positions(torch.tensor([11]), check_values=False)
+        prototypes.positions(torch.tensor([11, 10]), check_values=False)
+    assert prototypes.positions(torch.tensor([10, 30]), check_values=False).tolist() == [1, 0]
 
 
 def test_positions_take_int64_vectors_only():
@@ -327,6 +330,16 @@ def test_a_bad_term_is_named(change, error, message):
         PrototypeTerm(**{**GOOD, **change})
 
 
+def test_one_prototype_is_enough():
+    term = PrototypeTerm(torch.ones(1, 2), torch.ones(1, 3), torch.tensor([-1, 0]), torch.tensor([True]))
+    assert term.labels.tolist() == [-1, 0]
+
+
+def test_a_term_is_a_constant():
+    with pytest.raises(FrozenInstanceError):
+        PrototypeTerm(**GOOD).labels = torch.zeros(4)
+
+
 def test_the_row_of_an_invalid_prototype_may_hold_anything():
     hole = torch.tensor([True, False, True])
     assert not PrototypeTerm(NAN_IN_ROW, NAN_IN_ROW, GOOD["labels"], hole).valid[1]
@@ -335,7 +348,7 @@ def test_the_row_of_an_invalid_prototype_may_hold_anything():
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
-        (torch.tensor([5, 1, 5, 5]), ValueError, r"each sample once, got 2 repeats \(sample 5, for one\)"),
+        (torch.tensor([5, 1, 5, 1]), ValueError, r"each sample once, got 2 repeats \(sample 1, for one\)"),
         (torch.tensor([5, 1, 2]), ValueError, r"labels of \(image, text\) must have 3 entries as index, got 4"),
         (torch.arange(4.0), TypeError, "index must be int64"),
     ],

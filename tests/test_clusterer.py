@@ -3,6 +3,7 @@
 import contextlib
 import random
 import sys
+from dataclasses import FrozenInstanceError
 
 import faiss
 import numpy as np
@@ -81,14 +82,16 @@ def test_separated_blobs_are_found_exactly():
     assert clusters.counts.tolist() == [9] * 6
 
 
-@pytest.mark.parametrize("offset", [100.0, 10_000.0])
+@pytest.mark.parametrize("offset", [100.0, 100_000.0])
 def test_features_far_from_the_origin_are_labelled_rightly(offset):
     features, groups = blobs(clusters=4, each=50, width=8)
     clusters = EpisodicClusterer(4, nredo=3).fit(features / 10 + offset)
     assert same_partition(clusters.labels, groups)
 
 
-@pytest.mark.parametrize(("rows", "num_prototypes"), [(2000, 4), (150, 10)], ids=["more_than_256_each", "fewer_than_39_each"])
+@pytest.mark.parametrize(
+    ("rows", "num_prototypes"), [(2000, 4), (150, 10), (12, 10)], ids=["more_than_256_each", "15_each", "hardly_one_each"]
+)
 def test_faiss_is_used_on_every_point_without_a_word(rows, num_prototypes, capfd):
     features = torch.randn(rows, 6, generator=seeded(1))
     settings = {"niter": 5, "nredo": 2, "seed": 3}
@@ -141,6 +144,11 @@ def test_features_threads_and_random_states_are_left_as_found():
     assert settings() == found
     assert torch.equal(features, before)
     assert not clusters.centroids.requires_grad
+
+
+def test_a_clustering_is_a_constant():
+    with pytest.raises(FrozenInstanceError):
+        EpisodicClusterer(1).fit(torch.ones(2, 2)).counts = None
 
 
 def test_rows_with_nan_or_inf_are_dropped_counted_and_labelled_minus_one():

@@ -1,6 +1,7 @@
 """EpisodeSampler and FeatureBank."""
 
 import random
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -78,6 +79,11 @@ def test_every_sample_is_drawn_equally_often():
     expected = episodes / 3
     # Each count is binomial; five of its standard deviations.
     assert (counts - expected).abs().max() < 5 * (episodes * (1 / 3) * (2 / 3)) ** 0.5
+
+
+def test_an_episode_is_a_constant():
+    with pytest.raises(FrozenInstanceError):
+        EpisodeSampler(10, 4).episode(0).number = 1
 
 
 def test_the_order_within_an_episode_is_random_too():
@@ -201,6 +207,13 @@ def test_an_unknown_sample_is_an_index_error_and_writes_nothing(samples, message
         bank.update(torch.tensor(samples), IMAGE[: len(samples)], TEXT[: len(samples)])
     assert bank.missing == 4
     assert bank.modalities == ()
+
+
+@pytest.mark.parametrize("name", ["image_features", "text_features"])
+def test_the_first_update_has_the_width_of_the_bank(name):
+    good = {"image_features": IMAGE[:4], "text_features": TEXT[:4]}
+    with pytest.raises(ValueError, match=rf"{name} must have width 3 .*got shape \(4, 2\)"):
+        FeatureBank(INDEX, dim=3).update(INDEX, **{**good, name: torch.ones(4, 2)})
 
 
 @pytest.mark.parametrize(

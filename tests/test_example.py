@@ -80,16 +80,13 @@ def run_until(pattern: str, number: signal.Signals, delay: float, *arguments: st
     watchdog.start()
     written = ""
     assert process.stdout is not None
-    # Character by character: a progress bar ends its lines with a carriage return.
-    while not re.search(pattern, written[-400:]):
-        character = process.stdout.read(1)
-        assert character, f"ended before {pattern!r} appeared:\n{written[-3000:]}"
-        written += character
+    # As it comes and not by line: a progress bar ends its lines with a carriage return.
+    while not re.search(pattern, written[-2000:]):
+        part = os.read(process.stdout.fileno(), 1000).decode(errors="replace")
+        assert part, f"ended before {pattern!r} appeared:\n{written[-3000:]}"
+        written += part
     time.sleep(delay)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
+    os.killpg(process.pid, number)
     written += finish(process)
     watchdog.cancel()
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), written[-3000:]
@@ -163,20 +160,17 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
     run(*arguments, "--run-dir", str(whole))
     places = [
         ("episode 2/5 extraction: +[1-9]", 0.0),
+        ("episode 3/5 extraction: +[1-9]", random.Random(1).uniform(0, 0.2)),
         ("episode 3/5: clustering", 0.0),
         ("episode 3/5 training: +[1-9]", 0.0),
         ("episode 4/5 training", random.Random(0).uniform(0, 0.5)),
     ]
-    at = []
+    steps = last_state(whole)["at"]["step"]
     for number, (pattern, delay) in enumerate(places):
         resume = ["--run-dir", str(killed), "--resume"] if number else [*arguments, "--run-dir", str(killed)]
         written = run_until(pattern, signal.SIGKILL, delay, *resume)
-        at.append((last_state(killed)["at"]["stage"], last_state(killed)["at"]["step"]))
+        assert last_state(killed)["at"]["step"] < steps
         assert number == 0 or "resuming after step" in written
-    # The kills did hit: none of them found the run finished.
-    steps = last_state(whole)["at"]["step"]
-    assert all(step < steps for _, step in at), at
-    assert at[0][0] == "extraction"
     run("--run-dir", str(killed), "--resume")
     one, other = last_state(whole), last_state(killed)
     assert one["at"]["step"] == other["at"]["step"]
@@ -188,9 +182,10 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
     assert json.loads((whole / "table.json").read_text()) == json.loads((killed / "table.json").read_text())
 
 
-def test_sigterm_saves_and_stops(table: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_to_all_processes_saves_and_stops(number: signal.Signals, table: str, tmp_path: Path) -> None:
     arguments = ["--train-data", table, "--run-dir", str(tmp_path / "run"), *TINY, "--episodes", "40", "--save-every", "1000"]
-    written = run_until("episode 2/40 training: +[1-9]", signal.SIGTERM, 0.0, *arguments)
+    written = run_until("episode 2/40 training: +[1-9]", number, 0.0, *arguments)
     assert "stopped and saved; go on with: python" in written
     step = last_state(tmp_path / "run")["at"]["step"]
     assert 13 < step < 400

@@ -20,7 +20,7 @@ def test_several_blocks_of_rows_give_the_same_answer():
     P, C = unit(12000, 3, 1, torch.float32), unit(12000, 2, 2, torch.float32)
     got = soft_targets(C, P, 0.1)
     rows = torch.tensor([0, 1, 173, 174, 175, 1023, 1024, 6000, 11998, 11999])
-    assert_near(got[rows], (C[rows].double() @ C.double().T / 0.1).softmax(1) @ P.double())
+    assert (got[rows] - (C[rows].double() @ C.double().T / 0.1).softmax(1) @ P.double()).abs().max() <= 1e-5
 
 
 def test_empty_clusters_take_no_mass_and_the_rest_is_renormalised():

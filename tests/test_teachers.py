@@ -155,13 +155,14 @@ def test_pca_is_the_svd_of_the_centred_rows(dim):
     assert torch.allclose(teacher[torch.arange(200)].double(), principal_components(x, dim), atol=1e-4)
 
 
-def test_pca_of_many_blocks_is_that_of_all_rows_even_far_from_the_origin(monkeypatch):
-    x = spread(1000) + 1000
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pca_of_many_blocks_is_that_of_all_rows_even_far_from_the_origin(monkeypatch, dtype):
+    x = (spread(1000) + 1000).to(dtype)
     monkeypatch.setattr("protoclip_losses.teachers.BLOCK", 128)
     pca = TeacherAdapter.from_tensor(x, 4).pca
-    assert torch.allclose(pca.mean.double(), x.mean(0), rtol=1e-7)
+    assert torch.allclose(pca.mean.double(), x.double().mean(0), rtol=1e-7)
     wanted = PCA.fit([x], 4)
-    truth = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4].T
+    truth = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False).Vh[:4].T
     for found in (pca, wanted):
         assert torch.allclose((found.components.double() * truth).sum(0).abs(), torch.ones(4, dtype=torch.float64), atol=1e-6)
         assert torch.allclose(found.components.norm(dim=0), torch.ones(4))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..kernels.blocks import product_dtype, rows_per_block
+from ..kernels.blocks import LogitBlocks, product_dtype, rows_per_block
 from ..kernels.prototype import label_nll_sum
 
 
@@ -60,11 +60,14 @@ def prototype_cross_entropy(
     """
     if targets is not None:
         check.matrix("targets", targets, rows=_rows(prototypes), width=_width(prototypes), of=" as prototypes")
+        check.same_device("targets", targets, "features", features)
     keep, safe = check_term(features, prototypes, labels, valid, ignore_index, targets is None, check_values)
     scale = check.scale("logit_scale", logit_scale, features, check_values)
     check.chunk_rows(chunk_size)
     base = base_prototypes(safe, valid)
-    offsets = None if targets is None else targets.index_select(0, safe) - prototypes.index_select(0, base)
+    offsets = None
+    if targets is not None:
+        offsets = targets.index_select(0, safe).to(scale.dtype) - prototypes.index_select(0, base).to(scale.dtype)
     total, _ = prototype_sum(features, prototypes, base, keep, scale, offsets, valid, chunk_size)
     if check.values_are_checked(features, check_values) and not bool(torch.isfinite(total)):
         explain_non_finite(prototypes=prototypes, targets=targets)
@@ -87,28 +90,29 @@ def check_term(
     ignore_index: int,
     hard: bool,
     check_values: bool | None,
+    names: tuple[str, str] = ("features", "prototypes"),
 ) -> tuple[Tensor | None, Tensor]:
     """Check one term's inputs; return the rows that count (B,) bool, None where it is known that all do, and safe labels.
 
     Labels of rows that do not count become 0, so that they can be used as an index.
     """
-    check.matrix("features", features)
-    check.matrix("prototypes", prototypes, width=features.shape[1], of=" as features")
-    check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
+    student, columns = names
+    check.matrix(student, features)
+    check.matrix(columns, prototypes, width=features.shape[1], of=f" as {student}")
+    check.integers("labels", labels, length=features.shape[0], of=f" as {student} has rows")
     check.valid_mask(valid, prototypes.shape[0])
-    check.same_device("prototypes", prototypes, "features", features)
-    check.same_device("labels", labels, "features", features)
+    for name, x in ((columns, prototypes), ("labels", labels), ("valid", valid)):
+        if x is not None:
+            check.same_device(name, x, student, features)
     if prototypes.shape[0] == 0:
-        raise ValueError(f"prototypes must have at least one row, got shape {check.shape(prototypes)}")
-    keep = labels != ignore_index
+        raise ValueError(f"{columns} must have at least one row, got shape {check.shape(prototypes)}")
+    counted = labels != ignore_index
+    safe = labels.where(counted, 0)
     if not check.values_are_checked(features, check_values):
-        return keep, labels.where(keep, 0)
-    if bool(keep.all()):
-        keep, safe = None, labels
-    else:
-        safe = labels.where(keep, 0)
+        return counted, safe
+    keep = None if bool(counted.all()) else counted
     check.label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
-    check.finite("features", features if keep is None else features[keep])
+    check.finite(student, features if keep is None else features[keep])
     if valid is not None:
         check.labels_valid("labels", safe, keep, valid, hard)
     return keep, safe
@@ -205,22 +209,26 @@ def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: flo
     check.temperature("temperature", temperature)
     check.finite("teacher_centroids", teacher_centroids if valid is None else teacher_centroids[valid])
     check.finite("prototypes", prototypes if valid is None else prototypes[valid])
-    dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
     labels = torch.arange(prototypes.shape[0], device=prototypes.device)
-    offsets = target_offsets(teacher_centroids, prototypes, temperature, labels, valid)
-    return prototypes.detach().to(dtype)[base_prototypes(labels, valid)] + offsets
+    return soft_target_rows(teacher_centroids, prototypes, temperature, labels, valid, relative=False)
 
 
 @torch.no_grad()
-def target_offsets(
-    teacher_centroids: Tensor, prototypes: Tensor, temperature: float, labels: Tensor, valid: Tensor | None = None
+def soft_target_rows(
+    teacher_centroids: Tensor,
+    prototypes: Tensor,
+    temperature: float,
+    labels: Tensor,
+    valid: Tensor | None = None,
+    *,
+    relative: bool,
 ) -> Tensor:
-    r"""Soft targets of these labels relative to their base prototypes, at the price of these rows.
+    r"""Rows M_a of the soft targets for these labels, at the price of these rows; or, ``relative`` to their base prototypes,
 
     .. math::
         M_a - P_b = \sum_{j \ne b} y_{a j} P_j - \Big( \sum_{j \ne b} y_{a j} \Big) P_b
 
-    Formed so and not by subtraction, an offset keeps all its digits as the targets become hard.
+    formed so and not by subtraction: an offset then keeps all its digits as the targets become hard.
     """
     dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
     with torch.autocast(prototypes.device.type, enabled=False):
@@ -229,14 +237,17 @@ def target_offsets(
         if valid is not None:
             keys, columns = centroids.where(valid[:, None], 0), columns.where(valid[:, None], 0)
         base = base_prototypes(labels, valid)[:, None]
-        offsets = columns.new_empty((labels.shape[0], columns.shape[1]))
+        rows = columns.new_empty((labels.shape[0], columns.shape[1]))
         step = rows_per_block(keys.shape[0], dtype, None)
+        blocks = LogitBlocks(keys, keys.new_tensor(1 / temperature), min(step, labels.shape[0]))
         for start in range(0, labels.shape[0], step):
             block = slice(start, start + step)
-            logits = (centroids[labels[block]] / temperature) @ keys.T
+            logits = blocks(centroids[labels[block]])
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
-            targets = logits.softmax(1).scatter_(1, base[block], 0)
-            targets.scatter_(1, base[block], -targets.sum(1, keepdim=True))
-            torch.mm(targets, columns, out=offsets[block])
-    return offsets
+            targets = torch.softmax(logits, 1, out=logits)
+            if relative:
+                targets.scatter_(1, base[block], 0)
+                targets.scatter_(1, base[block], -targets.sum(1, keepdim=True))
+            torch.mm(targets, columns, out=rows[block])
+    return rows

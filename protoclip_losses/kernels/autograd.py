@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Precomputed(torch.autograd.Function):
@@ -15,24 +14,39 @@ class Precomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Sequence[Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, name: str, kernel: Callable[..., Sequence[Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
         total, correct, *gradients = kernel(*inputs)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [x.dtype for x in inputs[:3]]
-        ctx.others = len(inputs) - 3
+        ctx.save_for_backward(*gradients, *(x for x in inputs[:3] if x.requires_grad))
+        ctx.name, ctx.dtypes, ctx.others = name, [x.dtype for x in inputs[:3]], len(inputs) - 3
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
-        gradients = [(x * grad).to(dtype) if needs else None for x, dtype, needs in needed]
-        return None, *gradients, *[None] * ctx.others
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients, inputs = saved[:3], saved[3:]
+        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:5], strict=True)
+        results = [(g * grad).to(dtype) if needed else None for g, dtype, needed in wanted]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            results = [None if g is None else _NotTwice.apply(ctx.name, g, *inputs) for g in results]  # type: ignore[no-untyped-call]
+        return None, None, *results, *[None] * ctx.others
 
 
-def run(kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """Run a kernel under autograd: as it is in eager mode, and as an opaque operator in a traced graph."""
+class _NotTwice(torch.autograd.Function):
+    """A gradient that says so when it is differentiated: as a constant it would drop terms in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise NotImplementedError(f"{ctx.name} cannot be differentiated twice: its gradient is computed as a constant")
+
+
+def run(name: str, kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run the kernel of a public function under autograd: as it is in eager mode, as an opaque operator in a traced graph."""
     chosen = operator if torch.compiler.is_compiling() else kernel
-    result: tuple[Tensor, Tensor] = Precomputed.apply(chosen, *inputs)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = Precomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
     return result

@@ -43,7 +43,7 @@ def pair_nll(
         row_nll, others = pass_over.normalisers(kept)
         pair = pass_over.pair
         rows = pair + row_nll
-        column_nll = F.softplus(others - pair, threshold=torch.inf)
+        column_nll = F.softplus(others - pair, threshold=40)  # beyond it the own pair is below float64's last bit
         columns = pair + column_nll
         rescaled = image.device.type == "cpu" and bool(columns.min() > rows.max() - REACH)
         if not rescaled:
@@ -156,4 +156,4 @@ def pair_nll_sum(
 ) -> tuple[Tensor, Tensor]:
     """:func:`pair_nll` under autograd: the sum, differentiable, and the count."""
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    return run(pair_nll, pair_nll_operator, image, text, scale, chunk, keep, wanted, with_accuracy)
+    return run("info_nce", pair_nll, pair_nll_operator, image, text, scale, chunk, keep, wanted, with_accuracy)

@@ -101,4 +101,4 @@ def label_nll_sum(features: Tensor, prototypes: Tensor, scale: Tensor, *rest: An
     with_gradient = grad and (features.requires_grad or scale.requires_grad)
     *inputs, with_accuracy = rest
     flags = with_gradient, grad and prototypes.requires_grad, with_accuracy
-    return run(label_nll, label_nll_operator, features, prototypes, scale, *inputs, *flags)
+    return run("prototype_cross_entropy", label_nll, label_nll_operator, features, prototypes, scale, *inputs, *flags)

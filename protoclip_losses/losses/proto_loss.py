@@ -12,11 +12,9 @@ from .. import _checks as check
 from ..clustering.prototypes import Prototypes, PrototypeTerm
 from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
 from ..functional.contrastive import check_pairs
-from ..functional.prototypes import prototype_sum, target_offsets
+from ..functional.prototypes import prototype_sum, soft_target_rows
 from ..graph import keep_in_graph
 from .info_nce import info_nce_share
-
-NOT_SET = object()
 
 
 @dataclass
@@ -121,7 +119,8 @@ class ProtoLoss(nn.Module):
         self.back_translation, self.normalize_prototypes = back_translation, normalize_prototypes
         self.process_group, self.chunk_size, self.check_values = process_group, chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
-        self._prototypes: Any = NOT_SET
+        self._is_set = False
+        self._prototypes: Prototypes | None = None
         self._terms: list[_Term] = []
 
     def set_prototypes(self, prototypes: Prototypes | None) -> None:
@@ -134,7 +133,7 @@ class ProtoLoss(nn.Module):
         if prototypes is not None and not isinstance(prototypes, Prototypes):
             raise TypeError(f"prototypes must be Prototypes or None, got {type(prototypes).__name__}")
         self._terms = [] if prototypes is None else self._weighted_terms(prototypes)
-        self._prototypes = prototypes
+        self._prototypes, self._is_set = prototypes, True
 
     def _weighted_terms(self, prototypes: Prototypes) -> list[_Term]:
         external = prototypes.external_teachers
@@ -175,7 +174,7 @@ class ProtoLoss(nn.Module):
         offsets = None
         if temperature is not None:
             everything = torch.arange(len(prototypes), device=prototypes.device)
-            offsets = target_offsets(centroids, prototypes, temperature, everything, valid)
+            offsets = soft_target_rows(centroids, prototypes, temperature, everything, valid, relative=True)
         return prototypes, offsets, labels, valid
 
     def forward(
@@ -244,8 +243,8 @@ class ProtoLoss(nn.Module):
                 total, correct = prototype_sum(
                     h, term.prototypes, safe, keeps[i], scales[i], offsets, term.valid, self.chunk_size, with_accuracy=True
                 )
-                share = total * (world_size(group) / counts[i])
-                parts[term.part] = parts[term.part] + term.weight * share
+                share = term.weight * world_size(group) * total / counts[i]
+                parts[term.part] = parts[term.part] + share
                 metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own[i].clamp(min=1)
         self.metrics = metrics
         given = (image_features, text_features, logit_scale, logit_bias, proto_scale, *projected.values())
@@ -263,18 +262,18 @@ class ProtoLoss(nn.Module):
         index: Tensor | None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Check the inputs; return InfoNCE's scale, each term's scale and each term's labels of this batch."""
-        if self._prototypes is NOT_SET:
+        if not self._is_set:
             raise RuntimeError(
                 "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
             )
-        scale = check_pairs(image_features, text_features, logit_scale, self.check_values)
+        scale = check_pairs(image_features, text_features, logit_scale, self.check_values if self.w_clip else False)
         batch = image_features.shape[0]
         for name, h in projected.items():
             check.matrix(f"projected features of {name!r}", h, rows=batch, of=" as image_features")
             check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
         if index is not None:
             check.integers("index", index, length=batch, of=" as image_features has rows")
-        if not self._terms:
+        if self._prototypes is None or not self._terms:
             return scale, [], []
         if index is None:
             raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
@@ -295,17 +294,13 @@ class ProtoLoss(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The prototypes, as plain tensors: what ``state_dict()`` saves."""
-        if self._prototypes is NOT_SET or self._prototypes is None:
-            return {"is_set": self._prototypes is None, "prototypes": None}
-        return {"is_set": True, "prototypes": self._prototypes.state_dict()}
+        return {"is_set": self._is_set, "prototypes": None if self._prototypes is None else self._prototypes.state_dict()}
 
     def set_extra_state(self, state: Any) -> None:
         """Set the prototypes that were saved."""
-        if not state["is_set"]:
-            self._prototypes, self._terms = NOT_SET, []
-        else:
-            saved = state["prototypes"]
-            self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))
+        saved = state["prototypes"]
+        self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))
+        self._is_set = state["is_set"]
 
 
 def _named(name: str, weights: float | Mapping[str, float]) -> list[tuple[str, float]]:

@@ -1,12 +1,13 @@
 """The prototype loss on a pair of centroid tensors."""
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.prototypes import base_prototypes, check_term, explain_non_finite, number_kept, prototype_sum, target_offsets
+from ..functional.prototypes import base_prototypes, check_term, explain_non_finite, number_kept, prototype_sum, soft_target_rows
 
 
 class PrototypeLoss(nn.Module):
@@ -71,7 +72,8 @@ class PrototypeLoss(nn.Module):
                 centroids that require gradient.
         """
         hard = self.target_temperature is None
-        keep, safe = check_term(student_features, student_centroids, labels, valid, ignore_index, hard, self.check_values)
+        names = "student_features", "student_centroids"
+        keep, safe = check_term(student_features, student_centroids, labels, valid, ignore_index, hard, self.check_values, names)
         check.matrix("teacher_centroids", teacher_centroids, rows=student_centroids.shape[0], of=" as student_centroids")
         check.same_device("teacher_centroids", teacher_centroids, "student_features", student_features)
         scale = check.scale("logit_scale", logit_scale, student_features, self.check_values)
@@ -88,35 +90,42 @@ class PrototypeLoss(nn.Module):
         return total / number_kept(keep, student_features)
 
     def _offsets(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
-        assert self.target_temperature is not None
+        temperature = self.target_temperature
+        assert temperature is not None
         # A cache keyed by identity and version has no place in a traced graph, and inference tensors keep no version.
-        if torch.compiler.is_compiling() or student.is_inference() or teacher.is_inference():
-            return target_offsets(teacher, student, self.target_temperature, labels, valid)
-        if self._cache is None or not self._cache.matches(student, teacher, valid):
-            self._cache = _OffsetCache(student, teacher, valid)
-        return self._cache.rows(student, teacher, labels, valid, self.target_temperature)
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or student.is_inference() or teacher.is_inference():
+            return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
+        if self._cache is None or not self._cache.matches(student, teacher, valid, temperature):
+            self._cache = _OffsetCache(student, teacher, valid, temperature)
+        return self._cache.rows(student, teacher, labels, valid)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
 
 
 class _OffsetCache:
     """Soft targets for one pair of centroid tensors, relative to their base prototypes, filled in as labels ask for them."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> None:
         self.keys = [(weakref.ref(x), x._version) for x in (student, teacher, valid) if x is not None]
+        self.temperature = temperature
         dtype = check.accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
         self.offsets = torch.empty_like(student, dtype=dtype, requires_grad=False)
         self.missing = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
         self.num_missing = student.shape[0]
 
-    def matches(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> bool:
+    def matches(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> bool:
         current = [(x, x._version) for x in (student, teacher, valid) if x is not None]
-        return len(current) == len(self.keys) and all(
-            ref() is x and version == now for (ref, version), (x, now) in zip(self.keys, current, strict=True)
+        return (
+            temperature == self.temperature
+            and len(current) == len(self.keys)
+            and all(ref() is x and version == now for (ref, version), (x, now) in zip(self.keys, current, strict=True))
         )
 
-    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
+    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         if self.num_missing:
             wanted = torch.unique(labels[self.missing[labels]])
-            self.offsets[wanted] = target_offsets(teacher, student, temperature, wanted, valid)
+            self.offsets[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
         return self.offsets.index_select(0, labels)
