@@ -66,7 +66,7 @@ class PrototypeCase:
         else:
             centroids = self.centroids.to(dtype)
             loss = F.cross_entropy(logits, ((centroids[self.labels] @ centroids.T) / 0.1).softmax(1))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), _grad(h), _grad(s)
 
     def floor(self, rows: int) -> None:
@@ -189,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory_of:
         case = make(args.memory_of[0], args.device)
-        small = make("/".join(args.memory_of[0].split("/")[:-2] + ["64", args.memory_of[0].split("/")[-1]]), args.device)
+        small = make("/".join([*args.memory_of[0].split("/")[:-2], "64", args.memory_of[0].split("/")[-1]]), args.device)
         calls_of(small)[args.memory_of[1]]()  # thread pools and lazy imports are not the call's memory
         print(json.dumps({"bytes": peak_extra_bytes(calls_of(case)[args.memory_of[1]], args.device)}))
         return
