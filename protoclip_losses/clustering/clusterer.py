@@ -102,7 +102,12 @@ class EpisodicClusterer:
             RuntimeError: a GPU is asked for and the installed faiss has none.
         """
         group = active_group(self.process_group)
-        _, sizes = agree(lambda: check.matrix("features", features), group, len(features))
+        _, sizes = agree(
+            lambda: check.matrix("features", features),
+            group,
+            len(features) if isinstance(features, Tensor) and features.dim() else 0,
+            same=lambda: (features.shape[1], features.dtype, self.num_prototypes),
+        )
         finite = torch.isfinite(features).all(1)
         points = features.detach()[finite]
         _, kept_sizes = agree(lambda: None, group, len(points))
@@ -146,7 +151,7 @@ class EpisodicClusterer:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
 
         Each modality is a student of every other modality and of every external teacher. Labels of the whole episode are
-        gathered onto every rank; features stay where they are. A sample that several ranks hold counts once.
+        gathered onto every rank, so that any rank may train any sample. A sample that several ranks hold counts once.
 
         Args:
             bank: this rank's rows of the episode, all written.
@@ -158,7 +163,12 @@ class EpisodicClusterer:
         """
         group = active_group(self.process_group)
         external = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
-        sources, sizes = agree(lambda: self._sources(bank, external), group, len(bank.index))
+        sources, sizes = agree(
+            lambda: self._sources(bank, external),
+            group,
+            len(bank.index) if isinstance(bank, FeatureBank) else 0,
+            same=lambda: (bank.modalities, list(external)),
+        )
         everything = gather_rows(bank.index, sizes, group)
         index, owned = _first_occurrences(everything, sizes, rank(group))
         owned_sizes = agree(lambda: None, group, int(owned.sum()))[1]
@@ -176,6 +186,8 @@ class EpisodicClusterer:
 
     def _sources(self, bank: FeatureBank, external: Mapping[str, Any]) -> dict[str, Tensor]:
         """Everything that is clustered, by name: the bank's modalities and the teachers' features of its samples."""
+        if not isinstance(bank, FeatureBank):
+            raise TypeError(f"bank must be a FeatureBank, got {type(bank).__name__}")
         bank.require_complete()
         sources = dict(bank.features)
         for name, teacher in external.items():

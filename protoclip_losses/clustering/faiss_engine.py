@@ -32,7 +32,15 @@ def kmeans(
                 "pip uninstall faiss-cpu && pip install faiss-gpu-cu12 (they install the same module), or use device='cpu'"
             )
         gpu = 1  # the number of GPUs; which one is set by the current device below
-    points = np.ascontiguousarray(features.detach().cpu().float().numpy())
+    if features.shape[1] == 0:
+        raise ValueError("features must have a width of at least 1, got 0")
+    wide = features.detach().float()
+    largest = float(wide.abs().max())  # Inf where a float64 overflowed
+    if not largest < 1e18 / features.shape[1] ** 0.5:
+        raise ValueError(f"features must be small enough for float32 to hold their squared distances, got {largest:.3g}")
+    # Far from the origin faiss's expanded squares hold no digits of a distance; directions have no other origin.
+    origin = torch.zeros(wide.shape[1], device=wide.device) if spherical else wide.mean(0)
+    points = np.ascontiguousarray((wide - origin).cpu().numpy())
     engine = faiss.Kmeans(
         points.shape[1],
         num_prototypes,
@@ -50,4 +58,4 @@ def kmeans(
             engine.train(points)
     else:
         engine.train(points)
-    return torch.from_numpy(np.array(engine.centroids))
+    return torch.from_numpy(np.array(engine.centroids)) + origin.cpu()

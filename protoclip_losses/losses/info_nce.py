@@ -73,10 +73,17 @@ class InfoNCE(nn.Module):
             lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
             group,
             image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0,
+            same=lambda: kind_of(image_features, text_features),
         )
         loss, self.metrics = info_nce_share(image_features, text_features, scale, sizes, group, self.chunk_size)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def kind_of(*features: Tensor) -> list[tuple[Any, ...]]:
+    """What ranks must have in common to gather features and their gradients."""
+    with_gradient = torch.is_grad_enabled()
+    return [(x.shape[1], x.dtype, with_gradient and x.requires_grad) for x in features]
 
 
 def info_nce_share(

@@ -14,7 +14,7 @@ from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
 from ..functional.contrastive import check_pairs
 from ..functional.prototypes import prototype_sum, soft_target_rows
 from ..graph import keep_in_graph
-from .info_nce import info_nce_share
+from .info_nce import info_nce_share, kind_of
 
 
 @dataclass
@@ -224,7 +224,10 @@ class ProtoLoss(nn.Module):
         group = active_group(self.process_group)
         rows = image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0
         (scale, scales, labels), sizes = agree(
-            lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index), group, rows
+            lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index),
+            group,
+            rows,
+            same=lambda: (kind_of(image_features, text_features), [(t.student, t.teacher) for t in self._terms]),
         )
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
