@@ -52,18 +52,21 @@ class LogitBlocks:
 
 
 def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits (b, K) into probabilities in place; return the labels' logits and ``-log p[label]``, all (b, 1).
+    """Turn logits (b, K) into probabilities in place; return those of the labels and their ``-log``, all (b, 1).
 
-    Where p[label] underflows, the loss is taken from the largest probability instead, and from the difference of the two
-    logits, the larger of which is found anew from queries and keys.
+    Where a label's probability underflows, its loss is taken from the largest probability instead, and from the difference of
+    the two logits, found anew from queries and keys.
     """
-    label_logit = logits.gather(1, labels)
     torch.softmax(logits, 1, out=logits)
-    label_probability = logits.gather(1, labels)
+    probability = logits.gather(1, labels)
+    smallest = 16 * torch.finfo(logits.dtype).tiny
     # On an accelerator asking whether any underflows would wait for the device.
-    if logits.device.type == "cpu" and float(label_probability.min()) > 16 * torch.finfo(logits.dtype).tiny:
-        return label_logit, label_probability.log_().neg_()
+    if logits.device.type == "cpu" and float(probability.min()) > smallest:
+        return probability, probability.log().neg_()
     largest, winners = logits.max(1, keepdim=True)
-    product = (queries.to(scale.dtype) * keys[winners[:, 0]]).sum(1, keepdim=True).to(keys.dtype)  # rounded as the block's own
-    lost = label_probability <= 16 * torch.finfo(logits.dtype).tiny
-    return label_logit, torch.where(lost, product * scale - label_logit - largest.log(), -label_probability.log())
+    wide = queries.to(scale.dtype)
+    first, own = (
+        (wide * keys[x[:, 0]]).sum(1, keepdim=True).to(keys.dtype) for x in (winners, labels)
+    )  # as rounded as the block
+    difference = (first.to(scale.dtype) - own) * scale
+    return probability, torch.where(probability > smallest, -probability.log(), difference - largest.log())

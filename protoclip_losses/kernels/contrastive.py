@@ -78,8 +78,8 @@ class _Pass:
         for rows in self.slices():
             z = self.image[rows]
             p = self.blocks(z, None if kept is None else kept[rows])
-            own, nll = softmax_nll(p, self.own[rows, None], z, self.text, self.scale)
-            self.pair[rows], row_nll[rows] = own[:, 0], nll[:, 0]
+            self.pair[rows] = p.diagonal(rows.start)
+            row_nll[rows] = softmax_nll(p, self.own[rows, None], z, self.text, self.scale)[1][:, 0]
             diagonal = p.diagonal(rows.start)
             if self.with_accuracy:
                 self.correct += (diagonal >= p.amax(1)).sum()

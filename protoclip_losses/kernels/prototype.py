@@ -51,23 +51,19 @@ def label_nll(
             logits = blocks(h)
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
-            _, nll = softmax_nll(logits, label, h, prototypes, scale)
-            # p - onehot: the label's own entry without cancellation, and whole rows of zeros for those left out.
-            residual_at_label = torch.expm1(-nll)
+            own, nll = softmax_nll(logits, label, h, prototypes, scale)
             if with_accuracy:
-                first = logits.gather(1, label) >= logits.amax(1, keepdim=True)
+                first = own >= logits.amax(1, keepdim=True)
                 correct += (first if keep is None else first & keep[rows, None]).sum()
-            if keep is not None:
-                nll = nll * keep[rows, None]
-            total += nll.sum()
+            total += (nll if keep is None else nll * keep[rows, None]).sum()
             if not (with_gradient or with_prototype_gradient):
                 continue
-            residual = blocks.rounded(logits.scatter_(1, label, residual_at_label))
+            residual = blocks.rounded(logits.scatter_(1, label, own.sub_(1)))  # p - onehot
             if keep is not None:
                 residual *= keep[rows, None]
             if with_gradient:
                 direction = torch.mm(residual, prototypes).to(scale.dtype)
-                grad_scale += (direction * h).sum()
+                grad_scale += torch.sum(direction * h)
                 torch.mul(direction, scale, out=grad_features[rows])
             if with_prototype_gradient:
                 grad_prototypes += residual.T @ (h * scale).to(features.dtype)
