@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--workers", type=int, default=2, help="processes that decode pictures from files")
     method = p.add_argument_group("method")
     method.add_argument("--method", choices=("protoclip", "clip"), default="protoclip")
-    method.add_argument("--episodes", type=int, default=20)
+    method.add_argument("--episodes", type=int, default=16)
     method.add_argument("--episode-size", type=int, help="pairs per episode; default: all training pairs, at most 200,000")
     method.add_argument("--warmup-episodes", type=int, default=1, help="first episodes with InfoNCE only")
     method.add_argument("--lit-episodes", type=int, default=1, help="last episodes with InfoNCE only and a still image encoder")

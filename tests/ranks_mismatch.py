@@ -28,6 +28,7 @@ def features_that_are_none(rank, world_size, folder):
 def other_widths(rank, world_size, folder):
     raises_on_all(lambda: InfoNCE()(unit(3, 4 + rank), unit(3, 4 + rank), 10.0))
     raises_on_all(lambda: EpisodicClusterer(2).fit(unit(5, 3 + rank)))
+    raises_on_all(lambda: EpisodicClusterer(2).build(filled_bank(rank, audio=unit(6, 3 + rank))))
 
 
 def other_types(rank, world_size, folder):

@@ -109,6 +109,18 @@ def test_empty_clusters_are_invalid_with_a_zero_row():
     assert prototypes.terms["image", "text"].valid.all()
 
 
+def test_a_cluster_of_one_sample_is_valid():
+    prototypes = EpisodicClusterer(9).build(filled_bank(random_index(9), image=modality(1), text=modality(2)))
+    term = prototypes.terms["image", "text"]
+    assert term.valid.all()
+    assert torch.equal(term.prototypes[term.labels], modality(1)[prototypes.index])
+
+
+def test_a_bank_is_a_feature_bank():
+    with pytest.raises(TypeError, match="bank must be a FeatureBank, got dict"):
+        EpisodicClusterer(2).build({})
+
+
 def test_a_bank_that_is_not_complete_is_an_error_with_the_count():
     bank = FeatureBank(torch.arange(10), dim=2)
     with pytest.raises(ValueError, match="10 of 10 rows were never written"):
