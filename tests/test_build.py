@@ -381,3 +381,16 @@ def test_loading_replaces_everything():
     prototypes.load_state_dict(other.state_dict())
     assert prototypes.terms.keys() == other.terms.keys()
     assert torch.equal(prototypes.positions(torch.arange(SAMPLES)), other.positions(torch.arange(SAMPLES)))
+
+
+def test_the_order_of_the_bank_does_not_change_the_clustering():
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
+    features = [unit(40, 4, seed) for seed in (1, 2)]
+    built = []
+    for rows in (torch.arange(40), order):
+        bank = FeatureBank(rows, 4)
+        bank.update(rows, *(x[rows] for x in features))
+        built.append(EpisodicClusterer(6).build(bank))
+    for pair, term in built[0].terms.items():
+        assert torch.equal(term.labels, built[1].terms[pair].labels)
+        assert torch.equal(term.teacher_centroids, built[1].terms[pair].teacher_centroids)

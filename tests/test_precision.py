@@ -55,8 +55,26 @@ PAIRS = {
     ),
     "near ties": lambda i: (near_ties(60, 16, i), near_ties(60, 16, i + 100), 100.0),
     "duplicate rows": lambda i: (unit(6, 16, i).repeat(10, 1), unit(6, 16, i + 100).repeat(10, 1), 50.0),
+    "rows of unequal norm": lambda i: (
+        unit(60, 16, i) * torch.logspace(-2, 0, 60, dtype=torch.float64)[:, None],
+        *(unit(60, 16, i + 100), 100.0),
+    ),
+    "columns of unequal norm": lambda i: (
+        unit(60, 16, i),
+        *(unit(60, 16, i + 100) * torch.logspace(-2, 0, 60, dtype=torch.float64)[:, None], 100.0),
+    ),
+    "a column that nothing is near": lambda i: (
+        torch.cat([unit(1, 16, i) + 0.3 * unit(59, 16, i + 1), -unit(1, 16, i)]),
+        *(unit(60, 16, i + 100), 100.0),
+    ),
+    "a text opposite to all images": lambda i: (
+        unit(1, 16, i) + 0.2 * unit(60, 16, i + 1),
+        *(torch.cat([unit(1, 16, i) + 0.2 * unit(59, 16, i + 2), -unit(1, 16, i)]), 70.0),
+    ),
     "one dominates": lambda i: (unit(60, 16, i), unit(60, 16, i), 50.0),
 }
+
+NEARLY_PARALLEL = {"a column that nothing is near", "a text opposite to all images"}
 
 
 def naive_term(h, P, a, s, C=None, temperature=None):
@@ -120,8 +138,11 @@ def test_a_term_is_no_worse_than_the_naive_one(name, temperature, dtype):
     assert_within_budget(dtype, map(draw, DRAWS))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # Where features are nearly parallel, one rounding of a low dtype moves all logits: which form is lucky depends on the draw.
+    [(name, dtype) for name in PAIRS for dtype in DTYPES if dtype == torch.float32 or name not in NEARLY_PARALLEL],
+)
 def test_infonce_is_no_worse_than_the_naive_one(name, dtype):
     def draw(seed):
         image, text, s = PAIRS[name](seed)

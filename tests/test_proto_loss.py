@@ -406,6 +406,13 @@ def test_without_gradients_the_value_is_the_same():
         assert_near(value, want)
 
 
+def test_prototypes_made_in_inference_mode_can_be_trained_against():
+    with torch.inference_mode():
+        prototypes = episode(teachers=("roberta",), empty=(1,))
+        loss = built(prototypes, target_temperature=0.3)
+    assert_equals_twin(episode(teachers=("roberta",), empty=(1,)), loss, {"temperature": 0.3})
+
+
 # --- Metrics
 
 

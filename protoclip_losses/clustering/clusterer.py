@@ -101,6 +101,10 @@ class EpisodicClusterer:
             ValueError: fewer finite rows than prototypes, more NaN or Inf than ``max_dropped`` allows.
             RuntimeError: a GPU is asked for and the installed faiss has none.
         """
+        return self._fit(features, None)
+
+    def _fit(self, features: Tensor, index: Tensor | None) -> Clusters:
+        """:meth:`fit`; rows with a sample index are taken in its order, whichever rank holds them."""
         group = active_group(self.process_group)
         _, sizes = agree(
             lambda: check.matrix("features", features),
@@ -121,7 +125,10 @@ class EpisodicClusterer:
                 f"features must have at least as many finite rows as num_prototypes={self.num_prototypes}, got {kept}; "
                 "about 10 rows per prototype is usual"
             )
-        centroids = self._centroids(gather_rows(points, kept_sizes, group), group).to(features.device)
+        points_of_all = gather_rows(points, kept_sizes, group)
+        if index is not None:
+            points_of_all = points_of_all[gather_rows(index[finite], kept_sizes, group).argsort()]
+        centroids = self._centroids(points_of_all, group).to(features.device)
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
         labels[finite], distances = assign(points, centroids)
         counts = sum_over_ranks(torch.bincount(labels[finite], minlength=self.num_prototypes), group)
@@ -151,7 +158,8 @@ class EpisodicClusterer:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
 
         Each modality is a student of every other modality and of every external teacher. Labels of the whole episode are
-        gathered onto every rank, so that any rank may train any sample. A sample that several ranks hold counts once.
+        gathered onto every rank, so that any rank may train any sample. A sample that several ranks hold counts once. The
+        result does not depend on which rank holds which sample: K-means sees them in the order of their indices.
 
         Args:
             bank: this rank's rows of the episode, all written.
@@ -167,7 +175,7 @@ class EpisodicClusterer:
             lambda: self._sources(bank, external),
             group,
             len(bank.index) if isinstance(bank, FeatureBank) else 0,
-            same=lambda: (bank.modalities, list(external)),
+            same=lambda: ([(name, x.shape[1], x.dtype) for name, x in bank.features.items()], list(external)),
         )
         everything = gather_rows(bank.index, sizes, group)
         index, owned = _first_occurrences(everything, sizes, rank(group))
@@ -177,7 +185,7 @@ class EpisodicClusterer:
         students = {name: sources[name][owned] for name in bank.modalities}
         terms = {}
         for teacher, features in sources.items():
-            clusters = self.fit(features[owned])
+            clusters = self._fit(features[owned], bank.index[owned])
             labels = gather_rows(clusters.labels, owned_sizes, group)[order]
             for student in students:
                 if student != teacher:
