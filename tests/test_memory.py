@@ -122,6 +122,7 @@ def test_forward_and_backward_take_one_product_for_the_loss_and_one_for_each_lar
 def test_no_gradient_is_formed_where_none_can_be_asked_for():
     h, P, a = inputs(3000, 2500, 64)
     h.requires_grad_()
+    P.requires_grad_()
     with torch.no_grad():
         _, products = cost(lambda: prototype_cross_entropy(h, P, a, 10.0))
         _, pairs = cost(lambda: info_nce(h, h.flip(0), 10.0))
