@@ -5,6 +5,7 @@ import random
 import sys
 from dataclasses import FrozenInstanceError
 
+import dense
 import faiss
 import numpy as np
 import pytest
@@ -82,11 +83,14 @@ def test_separated_blobs_are_found_exactly():
     assert clusters.counts.tolist() == [9] * 6
 
 
-@pytest.mark.parametrize("offset", [100.0, 100_000.0])
-def test_features_far_from_the_origin_are_labelled_rightly(offset):
+@pytest.mark.parametrize("offset", [100.0, 10_000.0])
+def test_features_far_from_the_origin_are_clustered_as_well_as_others(offset):
     features, groups = blobs(clusters=4, each=50, width=8)
-    clusters = EpisodicClusterer(4, nredo=3).fit(features / 10 + offset)
+    features = features / 10 + offset
+    clusters = EpisodicClusterer(4, nredo=3).fit(features)
     assert same_partition(clusters.labels, groups)
+    means, _ = dense.back_translate(groups, features, 4)
+    assert clusters.objective == pytest.approx(float((features.double() - means[groups]).square().sum()), rel=0.5)
 
 
 @pytest.mark.parametrize(

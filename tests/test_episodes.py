@@ -68,6 +68,12 @@ torch.save(EpisodeSampler(500, 100, seed=2).episode(7).index, sys.argv[1] + "/in
     assert torch.equal(torch.load(tmp_path / "index.pt", weights_only=True), EpisodeSampler(500, 100, seed=2).episode(7).index)
 
 
+def test_the_draw_is_the_same_in_every_version():
+    """A run that was saved with an older version goes on with the same episodes."""
+    assert EpisodeSampler(10, 4).episode(0).index.tolist() == [7, 0, 9, 2]
+    assert EpisodeSampler(1000, 4, seed=7).episode(3).index.tolist() == [711, 719, 40, 379]
+
+
 def test_seeds_and_numbers_give_different_draws():
     draws = [tuple(EpisodeSampler(100, 30, seed=s).episode(n).index.tolist()) for s in range(6) for n in range(6)]
     assert len(set(draws)) == 36
@@ -135,6 +141,12 @@ def test_the_state_of_another_sampler_is_an_error(name, value):
 def test_bad_sizes_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         EpisodeSampler(*arguments)
+
+
+@pytest.mark.parametrize("seed", [1.5, True, "a"])
+def test_a_seed_is_an_int(seed):
+    with pytest.raises(TypeError, match=f"seed must be an int, got {type(seed).__name__}"):
+        EpisodeSampler(10, 2, seed=seed)
 
 
 def test_bad_seeds_and_numbers_are_named():
@@ -293,6 +305,8 @@ def test_the_bank_lies_on_the_device_asked_for():
 
 def test_an_empty_share_is_complete_once_it_knows_its_modalities():
     bank = FeatureBank(INDEX[:0], dim=3)
+    with pytest.raises(ValueError, match="bank must be complete"):
+        bank.require_complete()
     bank.update(INDEX[:0], IMAGE[:0], TEXT[:0])
     bank.require_complete()
     assert bank.features["text"].shape == (0, 3)
@@ -351,5 +365,8 @@ def test_the_state_of_another_bank_is_an_error():
             bank.load_state_dict(FeatureBank(other, dim=3).state_dict())
     narrow = FeatureBank(INDEX, dim=2)
     narrow.update(INDEX, IMAGE[INDEX, :2], TEXT[INDEX, :2])
-    with pytest.raises(ValueError, match="width"):
+    with pytest.raises(ValueError, match="image_features must have width 3 as this bank has"):
         bank.load_state_dict(narrow.state_dict())
+    short = {name: x[:2] for name, x in {"image": IMAGE, "text": TEXT}.items()}
+    with pytest.raises(ValueError, match="image_features must have 4 rows"):
+        bank.load_state_dict({**FeatureBank(INDEX, dim=3).state_dict(), "features": short})
