@@ -100,6 +100,14 @@ def finite(name: str, x: Tensor, what: str = "rows") -> None:
         )
 
 
+def labels_within(labels: Tensor, num_prototypes: int, ignore_index: int) -> bool:
+    """Whether it takes one look to see that all labels are in [0, num_prototypes) and none is to be ignored."""
+    if labels.numel() == 0:
+        return True
+    low, high = (int(x) for x in labels.aminmax())
+    return low >= 0 and high < num_prototypes and not low <= ignore_index <= high
+
+
 def label_range(name: str, labels: Tensor, num_prototypes: int, hint: str = "") -> None:
     """Raise if a label is outside [0, num_prototypes)."""
     if labels.numel() == 0:
@@ -135,12 +143,12 @@ def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | N
             raise ValueError(f"{name} must be a float or a tensor of shape () or (1,), got shape {shape(value)}")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-        tensor = value.reshape(()).to(device=like.device, dtype=dtype)
+        tensor = (value.reshape(()) if value.dim() else value).to(device=like.device, dtype=dtype)
     elif isinstance(value, (int, float)):
         tensor = torch.full((), float(value), dtype=dtype, device=like.device)
     else:
         raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
-    if values_are_checked(like, check_values) and not bool(torch.isfinite(tensor)):
+    if values_are_checked(like, check_values) and not math.isfinite(float(tensor.detach())):
         raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {float(tensor)}")
     return tensor
 

@@ -11,6 +11,8 @@ from cases import assert_near, episode, integers, leaf, unit, value_and_gradient
 from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss
 from protoclip_losses.functional import info_nce, prototype_cross_entropy, soft_targets
 
+pytestmark = pytest.mark.usefixtures("form")
+
 DRAWS = range(6)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32 = 1e-5  # what the library promises of float32, relative

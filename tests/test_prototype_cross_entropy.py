@@ -7,6 +7,8 @@ from cases import assert_near, assert_same, leaf, term, unit, value_and_gradient
 
 from protoclip_losses.functional import prototype_cross_entropy, soft_targets
 
+pytestmark = pytest.mark.usefixtures("form")
+
 NAN = float("nan")
 
 
@@ -228,7 +230,7 @@ def test_differentiating_twice_is_refused(soft, wrt):
     t = term()
     x = {"features": leaf(t.h), "prototypes": leaf(t.P), "scale": leaf(t.s)}
     targets = unit(7, 5, 9) if soft else None
-    loss = prototype_cross_entropy(x["features"], x["prototypes"], t.a, x["scale"], targets=targets)
+    loss = prototype_cross_entropy(x["features"], x["prototypes"], t.a, x["scale"], targets=targets, chunk_size=20)
     (gradient,) = torch.autograd.grad(loss, x[wrt], create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="twice"):
         (loss + gradient.square().sum()).backward()  # a gradient penalty, which would be dropped in silence

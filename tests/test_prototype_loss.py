@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from protoclip_losses import PrototypeLoss
 from protoclip_losses.functional import prototype_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def truth(t, temperature, valid=None, **kwargs):
     return dense.prototype_cross_entropy(t.h, t.P, t.a, t.s, C=t.C, temperature=temperature, valid=valid, **kwargs)

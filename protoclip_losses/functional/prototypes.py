@@ -1,11 +1,13 @@
 """The prototype term: cross-entropy of student features against prototypes, and the soft targets of a teacher clustering."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..kernels import prototype as kernel
 from ..kernels.blocks import LogitBlocks, product_dtype, rows_per_block
-from ..kernels.prototype import label_nll_sum
 
 
 def prototype_cross_entropy(
@@ -69,8 +71,8 @@ def prototype_cross_entropy(
     if targets is not None:
         offsets = targets.index_select(0, safe).to(scale.dtype) - prototypes.index_select(0, base).to(scale.dtype)
     total, _ = prototype_sum(features, prototypes, base, keep, scale, offsets, valid, chunk_size)
-    if check.values_are_checked(features, check_values) and not bool(torch.isfinite(total)):
-        explain_non_finite(prototypes=prototypes, targets=targets)
+    if check.values_are_checked(features, check_values) and not math.isfinite(float(total.detach())):
+        explain_non_finite(keep, features=features, prototypes=prototypes, targets=targets)
     return total / number_kept(keep, features)
 
 
@@ -106,13 +108,15 @@ def check_term(
             check.same_device(name, x, student, features)
     if prototypes.shape[0] == 0:
         raise ValueError(f"{columns} must have at least one row, got shape {check.shape(prototypes)}")
-    counted = labels != ignore_index
-    safe = labels.where(counted, 0)
     if not check.values_are_checked(features, check_values):
-        return counted, safe
-    keep = None if bool(counted.all()) else counted
-    check.label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
-    check.finite(student, features if keep is None else features[keep])
+        counted = labels != ignore_index
+        return counted, labels.where(counted, 0)
+    keep, safe = None, labels
+    if not check.labels_within(labels, prototypes.shape[0], ignore_index):
+        keep = labels != ignore_index
+        safe = labels.where(keep, 0)
+        check.label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
+        keep = None if bool(keep.all()) else keep
     if valid is not None:
         check.labels_valid("labels", safe, keep, valid, hard)
     return keep, safe
@@ -123,12 +127,15 @@ def number_kept(keep: Tensor | None, features: Tensor) -> Tensor | int:
     return max(1, features.shape[0]) if keep is None else keep.sum().clamp(min=1)
 
 
-def explain_non_finite(**inputs: Tensor | None) -> None:
-    """Raise for whichever large input is not finite; they are read only once a loss has come out non-finite."""
-    for name, x in inputs.items():
+def explain_non_finite(keep: Tensor | None, **inputs: Tensor | None) -> None:
+    """Raise for whichever input is not finite, the features (of rows in ``keep``) being the first of them.
+
+    They are read only once a loss has come out non-finite: a softmax hides no NaN and no Inf.
+    """
+    for i, (name, x) in enumerate(inputs.items()):
         if x is not None:
-            check.finite(name, x)
-    raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} and features are finite")
+            check.finite(name, x[keep] if i == 0 and keep is not None else x)
+    raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} are finite")
 
 
 def base_prototypes(labels: Tensor, valid: Tensor | None) -> Tensor:
@@ -158,14 +165,28 @@ def prototype_sum(
         prototypes = prototypes.where(valid[:, None], 0)
     if keep is not None:
         h = h.where(keep[:, None], 0)
-    chunk = rows_per_block(prototypes.shape[0], dtype, chunk_size)
-    total, correct = label_nll_sum(h, prototypes, scale, base, keep, valid, chunk, with_accuracy)
     if offsets is not None:
         offsets = offsets.to(scale.dtype)
         if keep is not None:
             offsets = offsets.where(keep[:, None], 0)
-        total = total - scale * (h * offsets).sum()
+    rows, columns = h.shape[0], prototypes.shape[0]
+    small = chunk_size is None and rows * columns <= kernel.DENSE_LOGITS
+    # Autograd would round in between in low precision, and cannot save what was made in inference mode.
+    if small and dtype == scale.dtype and not made_in_inference_mode(prototypes, base):
+        return kernel.dense_nll_sum(h, prototypes, scale, base, keep, valid, offsets, with_accuracy)
+    learned = None
+    if offsets is not None and offsets.requires_grad:
+        offsets, learned = None, offsets
+    chunk = rows_per_block(columns, dtype, chunk_size)
+    total, correct = kernel.label_nll_sum(h, prototypes, scale, base, keep, valid, offsets, chunk, with_accuracy)
+    if learned is not None:
+        total = total - scale * (h * learned).sum()
     return total, correct
+
+
+def made_in_inference_mode(*inputs: Tensor) -> bool:
+    """Whether any of these is an inference tensor, which keeps no version and cannot be saved for backward."""
+    return not torch.compiler.is_compiling() and any(x.is_inference() for x in inputs)
 
 
 def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:

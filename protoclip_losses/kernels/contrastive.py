@@ -79,7 +79,7 @@ class _Pass:
             z = self.image[rows]
             p = self.blocks(z, None if kept is None else kept[rows])
             self.pair[rows] = p.diagonal(rows.start)
-            row_nll[rows] = softmax_nll(p, self.own[rows, None], z, self.text, self.scale)[1][:, 0]
+            row_nll[rows] = softmax_nll(p, self.own[rows], z, self.text, self.scale)[1]
             diagonal = p.diagonal(rows.start)
             if self.with_accuracy:
                 self.correct += (diagonal >= p.amax(1)).sum()

@@ -6,16 +6,21 @@ Per row, with p = softmax_j(s h.P_j) and label a::
     d loss / d h = s (sum_j p_j P_j - P_a),   d loss / d s = h.(sum_j p_j P_j - P_a),   d loss / d P_j = s (p_j - [j = a]) h
 
 so forward and backward together take two K-wide products per block (three when the prototypes are learned), and no more
-memory than a block of logits.
+memory than a block of logits. Soft targets M_a are the hard one and a constant offset o = M_a - P_a, which takes s h.o from the
+loss, s o from d loss / d h and h.o from d loss / d s.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import run
 from .blocks import LogitBlocks, softmax_nll
+
+# Logits up to which the dense expression is faster: a small step is paid in operators, and autograd runs its own in C++.
+DENSE_LOGITS = 2**18
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -27,6 +32,7 @@ def label_nll(
     labels: Tensor,
     keep: Tensor | None,
     valid: Tensor | None,
+    offsets: Tensor | None,
     chunk: int,
     with_gradient: bool,
     with_prototype_gradient: bool,
@@ -34,8 +40,9 @@ def label_nll(
 ) -> Result:
     """Sum of the losses of the rows in ``keep`` (None: all), how many of them put their label first, and the gradients.
 
-    Gradients are those of the sum, with respect to features (B, D), prototypes (K, D) and scale (); what is not asked for is
-    empty or zero. Features of rows that are not kept must be finite.
+    Offsets (B, D) are of the targets relative to the labels' prototypes, None for hard targets. Gradients are those of the sum,
+    with respect to features (B, D), prototypes (K, D) and scale (); what is not asked for is empty or zero. Features of rows
+    that are not kept must be finite, and their offsets zero.
     """
     batch, width = features.shape
     total = scale.new_zeros(())
@@ -44,25 +51,30 @@ def label_nll(
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     with torch.autocast(features.device.type, enabled=False):
-        blocks = LogitBlocks(prototypes, scale, min(chunk, batch))
+        blocks = LogitBlocks(prototypes, scale, min(chunk, batch), narrow=prototypes.dtype == torch.bfloat16)
         for start in range(0, batch, chunk):
             rows = slice(start, start + chunk)
-            h, label = features[rows], labels[rows, None]
+            h, label = features[rows], labels[rows]
             logits = blocks(h)
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
-            own, nll = softmax_nll(logits, label, h, prototypes, scale)
             if with_accuracy:
-                first = own >= logits.amax(1, keepdim=True)
-                correct += (first if keep is None else first & keep[rows, None]).sum()
-            total += (nll if keep is None else nll * keep[rows, None]).sum()
+                first = logits.gather(1, label[:, None])[:, 0] >= logits.amax(1)
+                correct += (first if keep is None else first & keep[rows]).sum()
+            lacking, nll = softmax_nll(logits, label, h, prototypes, scale)
+            total += (nll if keep is None else nll * keep[rows]).sum()
+            if offsets is not None:
+                total -= torch.sum(offsets[rows] * h) * scale
             if not (with_gradient or with_prototype_gradient):
                 continue
-            residual = blocks.rounded(logits.scatter_(1, label, own.sub_(1)))  # p - onehot
+            logits[torch.arange(len(label), device=label.device), label] = lacking.to(logits.dtype)
+            residual = blocks.rounded(logits)  # p - onehot
             if keep is not None:
                 residual *= keep[rows, None]
             if with_gradient:
                 direction = torch.mm(residual, prototypes).to(scale.dtype)
+                if offsets is not None:
+                    direction -= offsets[rows]
                 grad_scale += torch.sum(direction * h)
                 torch.mul(direction, scale, out=grad_features[rows])
             if with_prototype_gradient:
@@ -74,7 +86,8 @@ label_nll_operator = torch.library.custom_op(
     "protoclip_losses::label_nll",
     label_nll,
     mutates_args=(),
-    schema="(Tensor features, Tensor prototypes, Tensor scale, Tensor labels, Tensor? keep, Tensor? valid, SymInt chunk, "
+    schema="(Tensor features, Tensor prototypes, Tensor scale, Tensor labels, Tensor? keep, Tensor? valid, Tensor? offsets, "
+    "SymInt chunk, "
     "bool with_gradient, bool with_prototype_gradient, bool with_accuracy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -91,10 +104,48 @@ def _fake(features: Tensor, prototypes: Tensor, scale: Tensor, *rest: Any) -> Re
     )
 
 
-def label_nll_sum(features: Tensor, prototypes: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def label_nll_sum(
+    features: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    chunk: int,
+    with_accuracy: bool,
+) -> tuple[Tensor, Tensor]:
     """:func:`label_nll` under autograd: the sum, differentiable, and the count."""
     grad = torch.is_grad_enabled()
     with_gradient = grad and (features.requires_grad or scale.requires_grad)
-    *inputs, with_accuracy = rest
+    inputs = features, prototypes, scale, labels, keep, valid, offsets, chunk
     flags = with_gradient, grad and prototypes.requires_grad, with_accuracy
-    return run("prototype_cross_entropy", label_nll, label_nll_operator, features, prototypes, scale, *inputs, *flags)
+    return run("prototype_cross_entropy", label_nll, label_nll_operator, *inputs, *flags)
+
+
+def dense_nll_sum(
+    features: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    with_accuracy: bool,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`label_nll_sum` returns, by the dense expression."""
+    logits = (features * scale) @ prototypes.T
+    if valid is not None:
+        logits = logits.masked_fill(~valid, -torch.inf)
+    correct = scale.new_zeros(())
+    if with_accuracy:
+        best = logits.detach()
+        first = best.gather(1, labels[:, None])[:, 0] >= best.amax(1)
+        correct = (first if keep is None else first & keep).sum().to(scale.dtype)
+    if keep is None:
+        total = F.cross_entropy(logits, labels, reduction="sum")
+    else:
+        total = F.cross_entropy(logits, labels, reduction="none").where(keep, 0).sum()
+    if offsets is not None:
+        total = total - scale * (features * offsets).sum()
+    return total, correct

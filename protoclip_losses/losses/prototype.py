@@ -1,5 +1,6 @@
 """The prototype loss on a pair of centroid tensors."""
 
+import math
 import weakref
 from typing import Any
 
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.prototypes import base_prototypes, check_term, explain_non_finite, number_kept, prototype_sum, soft_target_rows
+from ..functional.prototypes import (
+    base_prototypes,
+    check_term,
+    explain_non_finite,
+    made_in_inference_mode,
+    number_kept,
+    prototype_sum,
+    soft_target_rows,
+)
 
 
 class PrototypeLoss(nn.Module):
@@ -85,15 +94,17 @@ class PrototypeLoss(nn.Module):
         offsets = None if hard else self._offsets(student_centroids, teacher_centroids, safe, valid)
         base = base_prototypes(safe, valid)
         total, _ = prototype_sum(student_features, student_centroids, base, keep, scale, offsets, valid, self.chunk_size)
-        if check.values_are_checked(student_features, self.check_values) and not bool(torch.isfinite(total)):
-            explain_non_finite(student_centroids=student_centroids, teacher_centroids=teacher_centroids)
+        if check.values_are_checked(student_features, self.check_values) and not math.isfinite(float(total.detach())):
+            explain_non_finite(
+                keep, student_features=student_features, student_centroids=student_centroids, teacher_centroids=teacher_centroids
+            )
         return total / number_kept(keep, student_features)
 
     def _offsets(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         temperature = self.target_temperature
         assert temperature is not None
         # A cache keyed by identity and version has no place in a traced graph, and inference tensors keep no version.
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or student.is_inference() or teacher.is_inference():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or made_in_inference_mode(student, teacher):
             return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
         if self._cache is None or not self._cache.matches(student, teacher, valid, temperature):
             self._cache = _OffsetCache(student, teacher, valid, temperature)
