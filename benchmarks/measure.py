@@ -21,10 +21,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Milliseconds of each call, A B C A B C ..., after one call of each that is not counted."""
+def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu", warm: bool = True) -> dict[str, list[float]]:
+    """Milliseconds of each call, A B C A B C ..., after one call of each that is not counted (unless not ``warm``)."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for counted in [False] + [True] * repeats:
+    for counted in [False] * warm + [True] * repeats:
         for name, call in calls.items():
             synchronize(device)
             start = time.perf_counter()
@@ -59,6 +59,14 @@ def peak_extra_bytes(call: Call, device: str = "cpu") -> int:
 
 def _status(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """Memory that a call may take without going to disk."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 

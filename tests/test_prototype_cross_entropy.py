@@ -6,6 +6,7 @@ import torch
 from cases import assert_near, assert_same, leaf, term, unit, value_and_gradients
 
 from protoclip_losses.functional import prototype_cross_entropy, soft_targets
+from protoclip_losses.kernels import prototype as kernel
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -242,3 +243,60 @@ def test_inputs_are_left_as_they_were():
     before = [x.clone() for x in (t.h, t.P, t.a, t.valid, M)]
     prototype_cross_entropy(leaf(t.h), t.P, t.a, leaf(t.s), targets=M, valid=t.valid).backward()
     assert all(torch.equal(x, y) for x, y in zip(before, (t.h, t.P, t.a, t.valid, M), strict=True))
+
+
+def test_bfloat16_keeps_what_a_probability_lacks_of_one():
+    """Logits s, 0, 0, 0 are exact in bfloat16; p = 1 - 3 exp(-s) rounds to 1, of which neither loss nor gradient may come."""
+    P, a, s = torch.eye(4), torch.arange(4), 16.0
+    want, gradients = value_and_gradients(
+        lambda h, s: dense.prototype_cross_entropy(h, P.double(), a, s), P.double(), torch.tensor(s)
+    )
+    got, ours = value_and_gradients(lambda h, s: prototype_cross_entropy(h, P.bfloat16(), a, s), P.bfloat16(), torch.tensor(s))
+    for mine, truth in zip((got, *ours), (want, *gradients), strict=True):
+        assert_near(mine, truth, 1e-2)
+
+
+def test_bfloat16_rows_that_are_sure_and_unsure_lie_in_one_block():
+    P, a, s = torch.eye(4), torch.arange(4), torch.tensor(16.0)
+    h = torch.cat([P, 0.25 * P, -P])
+    labels = a.repeat(3)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        apart = prototype_cross_entropy(h[rows].bfloat16(), P.bfloat16(), labels[rows], s)
+        want = dense.prototype_cross_entropy(h[rows].double(), P.double(), labels[rows], s)
+        assert_near(apart, want, 1e-2)
+    together, (gradient,) = value_and_gradients(lambda h: prototype_cross_entropy(h, P.bfloat16(), labels, s), h.bfloat16())
+    want, (truth,) = value_and_gradients(lambda h: dense.prototype_cross_entropy(h, P.double(), labels, s), h.double())
+    assert_near(together, want, 1e-2)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        assert_near(gradient[rows], truth[rows], 1e-2)
+
+
+def test_small_logits_go_through_the_dense_expression_unless_rows_are_asked_for(monkeypatch):
+    """Which form was taken shows in the graph: the streamed one is a single node."""
+    t = term()
+    h = leaf(t.h)
+
+    def streamed(**kwargs):
+        graph = [prototype_cross_entropy(h, t.P, t.a, t.s, **kwargs).grad_fn]
+        names = set()
+        while graph:
+            node = graph.pop()
+            names.add(type(node).__name__)
+            graph += [f for f, _ in node.next_functions if f is not None]
+        return any("Precomputed" in name for name in names)
+
+    size = len(t.h) * len(t.P)
+    monkeypatch.setattr(kernel, "DENSE_LOGITS", size)
+    assert not streamed()
+    assert streamed(chunk_size=5)
+    monkeypatch.setattr(kernel, "DENSE_LOGITS", size - 1)
+    assert streamed()
+
+
+def test_small_logits_can_be_differentiated_twice(monkeypatch):
+    monkeypatch.setattr(kernel, "DENSE_LOGITS", 2**62)
+    t = term()
+    M = unit(7, 5, 9)
+    assert torch.autograd.gradgradcheck(
+        lambda h, s: prototype_cross_entropy(h, t.P, t.a, s, targets=M), (leaf(t.h), leaf(t.s)), atol=1e-5
+    )
