@@ -1,17 +1,17 @@
 """All that this library knows of torch.distributed.
 
-Each rank holds its own rows. Rows are gathered inside the loss, and gradients go back to the rank that owns them::
+Each rank holds its own rows. InfoNCE sees the texts of all ranks and gives the gradient of each back to its owner::
 
-    rank 0   z0 ──┐                    ┌── loss of rows z0 against [z0 z1] ──┐
-                  ├─ gather_rows ─[z0 z1]                                    ├─ backward: the sum over ranks
-    rank 1   z1 ──┘                    └── loss of rows z1 against [z0 z1] ──┘  of d[z0 z1], own part kept
+    rank 0   images z0 ──┐                  ┌── rows z0 against [t0 t1] ──┐  column sums over ranks,
+    texts t0 ── gather ──┼──── [t0 t1] ─────┤                             ├─ then the texts' gradient,
+    rank 1   images z1 ──┘                  └── rows z1 against [t0 t1] ──┘  of which each rank keeps its part
 
 A rank's loss is its share: ``world_size * (sum over its rows) / (rows of all ranks)``. The mean of the shares is the loss
 of the whole batch, and the mean of the gradients, which DDP takes, is the gradient of one process on the whole batch.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -96,26 +96,6 @@ def gather_rows(x: Tensor, sizes: list[int], group: Group | None) -> Tensor:
     return torch.cat(rows).to(x.device)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return gather_rows(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        start = sum(ctx.sizes[: rank(ctx.group)])
-        return grad[start : start + ctx.sizes[rank(ctx.group)]], None, None
-
-
-def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """:func:`gather_rows`, differentiable: the gradients of all ranks flow back to the owner of a row."""
-    gathered: Tensor = _GatherRows.apply(x, sizes, group)  # type: ignore[no-untyped-call]
-    return gathered
-
-
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
     """The sum over ranks, as a new tensor on the device of ``x``. No gradient."""
     if group is None:
@@ -125,6 +105,52 @@ def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
         total = total.to(device_of(group))
     dist.all_reduce(total, group=group)
     return total.to(x.device)
+
+
+def max_over_ranks(x: Tensor, group: Group | None) -> Tensor:
+    """The elementwise maximum over ranks, as a new tensor on the device of ``x``. No gradient."""
+    if group is None:
+        return x
+    largest = x.detach().clone()
+    if dist.get_backend(group) == "nccl":
+        largest = largest.to(device_of(group))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest.to(x.device)
+
+
+class Ranks:
+    """The processes that a batch is spread over, and how many rows each has; one process alone talks to nobody."""
+
+    def __init__(self, group: Group | None = None, sizes: Sequence[int] = ()) -> None:
+        self.group, self.sizes = group, list(sizes)
+
+    def own(self, rows: int) -> slice:
+        """Where this rank's ``rows`` lie among those of all."""
+        start = sum(self.sizes[: rank(self.group)])
+        return slice(start, start + rows)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's rows."""
+        return gather_rows(x, self.sizes, self.group)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """The elementwise maximum."""
+        return max_over_ranks(x, self.group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The elementwise sum."""
+        return sum_over_ranks(x, self.group)
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """log of the elementwise sum of exponentials; -inf where every rank has it."""
+        if self.group is None:
+            return x
+        top = self.maximum(x)
+        base = top.clamp(min=torch.finfo(x.dtype).min)  # -inf less -inf would be NaN
+        return self.sum((x - base).exp()).log() + top
+
+
+ALONE = Ranks()
 
 
 def broadcast(x: Tensor, group: Group | None, source: int = 0) -> Tensor:

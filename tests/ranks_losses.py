@@ -60,6 +60,25 @@ def the_share_of_info_nce_is_exact(rank, world_size, folder):
             assert_near(own.grad / world_size, x.grad[own_rows(rank)])
 
 
+def a_text_that_is_near_no_image_is_exact(rank, world_size, folder):
+    """Column normalisers 200 below the rows': each column needs its own exponentials, and every rank must see that it does."""
+    total = sum(SHARES[:world_size])
+    near = unit(1, 6, 1) + 0.1 * unit(total, 6, 2)
+    text = torch.cat([near[:-1] + 0.1 * unit(total - 1, 6, 3), -unit(1, 6, 1)])
+    whole = [leaf(F.normalize(x, dim=1)) for x in (near, text)]
+    whole_scale = leaf(torch.tensor(100.0, dtype=torch.float64))
+    wanted = dense.info_nce(*whole, whole_scale)
+    wanted.backward()
+    image, text = (leaf(x[own_rows(rank)]) for x in whole)
+    scale = leaf(whole_scale)
+    share = InfoNCE()(image, text, scale)
+    share.backward()
+    assert_near(everyone(share).mean(), wanted)
+    assert_near(everyone(scale.grad).mean(), whole_scale.grad)
+    for own, x in ((image, whole[0]), (text, whole[1])):
+        assert_near(own.grad / world_size, x.grad[own_rows(rank)])
+
+
 def the_share_of_every_part_is_exact(rank, world_size, folder):
     """Internal and external terms, ignored labels differing from rank to rank; one rank may have none that counts."""
     prototypes = partly_ignored_episode(world_size)
@@ -299,6 +318,7 @@ def a_group_of_one_is_one_process(rank, world_size, folder):
 
 CASES = [
     the_share_of_info_nce_is_exact,
+    a_text_that_is_near_no_image_is_exact,
     the_share_of_every_part_is_exact,
     a_term_in_which_no_sample_counts_is_zero,
     info_nce_under_ddp,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..distributed import ALONE, Ranks
 from ..kernels.blocks import product_dtype, rows_per_block
 from ..kernels.contrastive import pair_nll_sum
 
@@ -74,11 +75,16 @@ def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_
 
 
 def pair_sum(
-    image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None, with_accuracy: bool = False
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    chunk_size: int | None,
+    with_accuracy: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over pairs of the InfoNCE loss, and how many images rank their own text first (if asked for)."""
-    batch = image.shape[0]
+    """Sum over own pairs of the InfoNCE loss among all ranks' pairs, and how many images rank their own text first."""
+    batch, columns = image.shape[0], sum(ranks.sizes) or image.shape[0]
     dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
-    keep = batch * batch * scale.element_size() <= LOGITS_BUDGET
-    chunk = rows_per_block(batch, dtype, chunk_size)
-    return pair_nll_sum(image.to(dtype), text.to(dtype), scale, chunk, keep, with_accuracy)
+    keep = batch * columns * scale.element_size() <= LOGITS_BUDGET
+    chunk = rows_per_block(columns, dtype, chunk_size)
+    return pair_nll_sum(image.to(dtype), text.to(dtype), scale, chunk, keep, with_accuracy, ranks)

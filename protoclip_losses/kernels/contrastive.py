@@ -10,15 +10,20 @@ Two passes over blocks of rows: the first finds R, C and p, the second the gradi
 own: exp(x_ij) = p_ij exp(R_i), so that C is a matrix-vector product and G a rank-one rescaling of p. The p_ij are kept
 between the passes while they fit a stated budget (three products in all) and are computed again beyond it (four products,
 memory linear in B). Where normalisers lie too far apart for that product, columns get their own exponentials.
+
+Over ranks, each has the rows of its images and the columns of all texts: R is its own, C and the gradient of the texts are
+sums over ranks. Between them go the texts, a few numbers for each column, and the texts' gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import ALONE, Ranks
 from .autograd import run
 from .blocks import LogitBlocks, softmax_nll
 
@@ -30,39 +35,48 @@ REACH = 60.0
 
 
 def pair_nll(
-    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    chunk: int,
+    keep: bool,
+    with_gradient: bool,
+    with_accuracy: bool,
+    ranks: Ranks = ALONE,
 ) -> Result:
-    """Sum over pairs of the two directions' mean loss, how many images rank their text first, and the sum's gradients.
+    """Sum over own pairs of the two directions' mean loss, how many images rank their text first, and gradients.
 
-    Gradients are with respect to image (B, d), text (B, d) and scale (); what is not asked for is empty or zero.
+    Gradients are with respect to own image (b, d), own text (b, d) and scale (). Those of image and text are of the sum over
+    the pairs of all ranks; that of the scale is a share, of which the sum over ranks is the gradient of that sum. What is not
+    asked for is empty or zero.
     """
-    batch = image.shape[0]
     with torch.autocast(image.device.type, enabled=False):
-        pass_over = _Pass(image, text, scale, min(chunk, batch), with_accuracy)
-        kept = scale.new_empty((batch, batch)) if keep and with_gradient else None
+        pass_over = _Pass(image, text, scale, chunk, with_accuracy, ranks)
+        kept = scale.new_empty((image.shape[0], pass_over.texts.shape[0])) if keep and with_gradient else None
         row_nll, others = pass_over.normalisers(kept)
-        pair = pass_over.pair
-        rows = pair + row_nll
-        column_nll = F.softplus(others - pair, threshold=40)  # beyond it the own pair is below float64's last bit
+        own = pass_over.own
+        pair = ranks.gather(pass_over.pair)
+        rows, column_nll = pass_over.pair + row_nll, F.softplus(others - pair, threshold=40)  # beyond it float64 sees no more
         columns = pair + column_nll
-        rescaled = image.device.type == "cpu" and bool(columns.min() > rows.max() - REACH)
+        rescaled = image.device.type == "cpu" and bool(columns.min() > ranks.maximum(rows.max()) - REACH)
         if not rescaled:
             columns = pass_over.exact_columns()
             column_nll = columns - pair
-        total = (row_nll.sum() + column_nll.sum()) / 2
+        total = (row_nll.sum() + column_nll[own].sum()) / 2
         if not with_gradient:
             empty = scale.new_zeros((0, image.shape[1]))
             return total, pass_over.correct, empty, empty.clone(), scale.new_zeros(())
-        return total, pass_over.correct, *pass_over.gradients(kept, row_nll, column_nll, rescaled)
+        return total, pass_over.correct, *pass_over.gradients(kept, row_nll, columns, column_nll, rescaled)
 
 
 class _Pass:
     """The passes over blocks of rows, and what they share."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool) -> None:
-        self.image, self.text, self.scale, self.chunk = image, text, scale, chunk
-        self.blocks = LogitBlocks(text, scale, chunk)
-        self.own = torch.arange(image.shape[0], device=image.device)
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool, ranks: Ranks) -> None:
+        self.image, self.texts, self.scale, self.chunk = image, ranks.gather(text), scale, min(chunk, image.shape[0])
+        self.blocks = LogitBlocks(self.texts, scale, self.chunk)
+        self.ranks, self.own = ranks, ranks.own(image.shape[0])
+        self.labels = torch.arange(self.own.start, self.own.stop, device=image.device)
         self.pair = scale.new_empty(image.shape[0])
         self.correct = scale.new_zeros(())
         self.with_accuracy = with_accuracy
@@ -71,47 +85,51 @@ class _Pass:
         for start in range(0, self.image.shape[0], self.chunk):
             yield slice(start, start + self.chunk)
 
+    def diagonal(self, block: Tensor, rows: slice) -> Tensor:
+        """The own pairs within a block of rows."""
+        return block.diagonal(self.own.start + rows.start)
+
     def normalisers(self, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """-log p_ii of the rows, and log of each column's mass without its own pair. Fills ``kept`` with p, its diagonal 0."""
         row_nll = torch.empty_like(self.pair)
-        others = torch.full_like(self.pair, -torch.inf)
+        others = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         for rows in self.slices():
             z = self.image[rows]
             p = self.blocks(z, None if kept is None else kept[rows])
-            self.pair[rows] = p.diagonal(rows.start)
-            row_nll[rows] = softmax_nll(p, self.own[rows], z, self.text, self.scale)[1]
-            diagonal = p.diagonal(rows.start)
+            self.pair[rows] = self.diagonal(p, rows)
+            row_nll[rows] = softmax_nll(p, self.labels[rows], z, self.texts, self.scale)[1]
+            diagonal = self.diagonal(p, rows)
             if self.with_accuracy:
                 self.correct += (diagonal >= p.amax(1)).sum()
             diagonal.zero_()
             normaliser = self.pair[rows] + row_nll[rows]
             top = normaliser.max()
             others = torch.logaddexp(others, ((normaliser - top).exp_() @ p).log_() + top)
-        return row_nll, others
+        return row_nll, self.ranks.logsumexp(others)
 
     def exact_columns(self) -> Tensor:
         """The column normalisers by their own exponentials, with a running maximum."""
-        top = torch.full_like(self.pair, -torch.inf)
-        mass = torch.zeros_like(self.pair)
+        top = self.scale.new_full((self.texts.shape[0],), -torch.inf)
+        mass = torch.zeros_like(top)
         for rows in self.slices():
             logits = self.blocks(self.image[rows])
             higher = torch.maximum(top, logits.amax(0))
             mass = mass * (top - higher).exp() + logits.sub_(higher).exp_().sum(0)
             top = higher
-        return top + mass.log()
+        return self.ranks.logsumexp(top + mass.log())
 
     def gradients(
-        self, kept: Tensor | None, row_nll: Tensor, column_nll: Tensor, rescaled: bool
+        self, kept: Tensor | None, row_nll: Tensor, columns_lse: Tensor, column_nll: Tensor, rescaled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of image, text and scale."""
-        rows_lse, columns_lse = self.pair + row_nll, self.pair + column_nll
-        diagonal = torch.expm1(-row_nll) + torch.expm1(-column_nll)  # p_ii + q_ii - 2 without cancellation
+        rows_lse = self.pair + row_nll
+        diagonal = torch.expm1(-row_nll) + torch.expm1(-column_nll[self.own])  # p_ii + q_ii - 2 without cancellation
         base = rows_lse.max()
         right = (base - columns_lse).exp_()
         grad_image = self.scale.new_empty(self.image.shape)
-        grad_text = self.scale.new_zeros(self.text.shape)
+        grad_texts = self.scale.new_zeros(self.texts.shape)
         grad_scale = self.scale.new_zeros(())
-        buffer = self.scale.new_empty((self.chunk, self.image.shape[0]))
+        buffer = self.scale.new_empty((self.chunk, self.texts.shape[0]))
         for rows in self.slices():
             z = self.image[rows]
             factor = buffer[: len(z)]
@@ -126,18 +144,24 @@ class _Pass:
                 p.addcmul_(p, torch.outer((rows_lse[rows] - base).exp_(), right, out=factor))
             else:
                 p.add_(factor)
-            p.diagonal(rows.start).copy_(diagonal[rows])
+            self.diagonal(p, rows).copy_(diagonal[rows])
             residual = self.blocks.rounded(p)
-            direction = (residual @ self.text).to(self.scale.dtype).mul_(0.5)
+            direction = (residual @ self.texts).to(self.scale.dtype).mul_(0.5)
             grad_scale += (direction * z).sum()
             grad_image[rows] = direction * self.scale
-            grad_text += residual.T @ z
-        return grad_image, grad_text.mul_(self.scale / 2), grad_scale
+            grad_texts += residual.T @ z
+        return grad_image, self.ranks.sum(grad_texts)[self.own].mul(self.scale / 2), grad_scale
+
+
+def _alone(
+    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool
+) -> Result:
+    return pair_nll(image, text, scale, chunk, keep, with_gradient, with_accuracy)
 
 
 pair_nll_operator = torch.library.custom_op(
     "protoclip_losses::pair_nll",
-    pair_nll,
+    _alone,
     mutates_args=(),
     schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool keep, bool with_gradient, bool with_accuracy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -152,8 +176,15 @@ def _fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> Result:
 
 
 def pair_nll_sum(
-    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_accuracy: bool
+    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_accuracy: bool, ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor]:
     """:func:`pair_nll` under autograd: the sum, differentiable, and the count."""
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    return run("info_nce", pair_nll, pair_nll_operator, image, text, scale, chunk, keep, wanted, with_accuracy)
+    inputs = image, text, scale, chunk, keep, wanted, with_accuracy
+    return run("info_nce", pair_nll, pair_nll_operator, *inputs) if ranks is ALONE else _run_outside_of_graphs(*inputs, ranks)
+
+
+# Collectives of a kernel have no place in a traced graph.
+_run_outside_of_graphs: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    partial(run, "info_nce", pair_nll, None)
+)

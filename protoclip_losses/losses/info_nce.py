@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..distributed import Group, active_group, agree, gather_rows_with_gradient, rank, world_size
+from ..distributed import ALONE, Group, Ranks, active_group, agree, world_size
 from ..functional.contrastive import check_pairs, pair_sum
-from ..functional.prototypes import prototype_sum
 from ..graph import keep_in_graph
 
 
@@ -21,7 +20,10 @@ class InfoNCE(nn.Module):
 
     When torch.distributed is initialised, features are gathered here, with gradients: the loss returned is this rank's share,
     the mean over ranks is the loss of the whole batch, and after DDP's averaging every gradient equals that of one process on
-    the whole batch. Ranks may hold different numbers of rows. On one process it is :func:`protoclip_losses.functional.info_nce`.
+    the whole batch. Ranks may hold different numbers of rows. Each rank forms the logits of its own images with all texts, in
+    blocks; what travels are the texts, their gradients and a few numbers for each. Gradients are formed together with the loss,
+    for the sum over ranks: what the loss is multiplied by afterwards must be the same on all of them. On one process it is
+    :func:`protoclip_losses.functional.info_nce`.
 
     Args:
         process_group: None for the default group, ``False`` to stay local (evaluation on one rank), or a group.
@@ -73,32 +75,24 @@ class InfoNCE(nn.Module):
             lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
             group,
             image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0,
-            same=lambda: kind_of(image_features, text_features),
+            same=lambda: kind_of(image_features, text_features, scale=logit_scale),
         )
         loss, self.metrics = info_nce_share(image_features, text_features, scale, sizes, group, self.chunk_size)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def kind_of(*features: Tensor) -> list[tuple[Any, ...]]:
+def kind_of(*features: Tensor, scale: Any) -> list[tuple[Any, ...]]:
     """What ranks must have in common to gather features and their gradients."""
-    with_gradient = torch.is_grad_enabled()
-    return [(x.shape[1], x.dtype, with_gradient and x.requires_grad) for x in features]
+    wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale))
+    return [(x.shape[1], x.dtype, wanted) for x in features]
 
 
 def info_nce_share(
     image: Tensor, text: Tensor, scale: Tensor, sizes: list[int], group: Group | None, chunk_size: int | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
-    batch = image.shape[0]
-    if group is None:
-        total, correct = pair_sum(image, text, scale, chunk_size, with_accuracy=True)
-        share = total / batch
-    else:
-        own = torch.arange(batch, device=image.device) + sum(sizes[: rank(group)])
-        all_images = gather_rows_with_gradient(image, sizes, group)
-        all_texts = gather_rows_with_gradient(text, sizes, group)
-        image_total, correct = prototype_sum(image, all_texts, own, None, scale, chunk_size=chunk_size, with_accuracy=True)
-        text_total, _ = prototype_sum(text, all_images, own, None, scale, chunk_size=chunk_size)
-        share = (image_total + text_total) * (world_size(group) / (2 * sum(sizes)))
-    return share, {"contrastive_accuracy": correct / batch}
+    ranks = ALONE if group is None else Ranks(group, sizes)
+    total, correct = pair_sum(image, text, scale, chunk_size, with_accuracy=True, ranks=ranks)
+    share = total * (world_size(group) / sum(sizes))
+    return share, {"contrastive_accuracy": correct / image.shape[0]}

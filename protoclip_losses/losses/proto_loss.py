@@ -227,7 +227,10 @@ class ProtoLoss(nn.Module):
             lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index),
             group,
             rows,
-            same=lambda: (kind_of(image_features, text_features), [(t.student, t.teacher) for t in self._terms]),
+            same=lambda: (
+                kind_of(image_features, text_features, scale=logit_scale),
+                [(t.student, t.teacher) for t in self._terms],
+            ),
         )
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
