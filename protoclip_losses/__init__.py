@@ -7,6 +7,7 @@ from .clustering import Clusters, EpisodicClusterer, Prototypes, PrototypeTerm
 from .episodes import Episode, EpisodeSampler, FeatureBank
 from .heads import ProjectionHead
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
+from .online import OnlinePrototypes
 from .teachers import TeacherAdapter
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "EpisodicClusterer",
     "FeatureBank",
     "InfoNCE",
+    "OnlinePrototypes",
     "ProjectionHead",
     "ProtoLoss",
     "PrototypeLoss",

@@ -1,44 +1,20 @@
 """The whole objective: InfoNCE plus a sum over prototype terms."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..clustering.prototypes import Prototypes, PrototypeTerm
+from ..clustering.prototypes import Prototypes
 from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
 from ..functional.contrastive import check_pairs
-from ..functional.prototypes import prototype_sum, soft_target_rows
+from ..functional.prototypes import prototype_sum
 from ..graph import keep_in_graph
+from ..online import OnlinePrototypes
 from .info_nce import info_nce_share, kind_of
-
-
-@dataclass
-class _Term:
-    """The constants of a term, and the part of the loss dict it is summed into with its weight.
-
-    Prototypes P, labels, and the targets as offsets M - P; None are hard targets, M = P.
-    """
-
-    student: str
-    teacher: str
-    part: str
-    weight: float
-    prototypes: Tensor
-    offsets: Tensor | None
-    labels: Tensor
-    valid: Tensor | None
-
-    def to(self, device: torch.device) -> None:
-        """Follow the features to their device."""
-        if self.prototypes.device != device:
-            self.prototypes, self.labels = self.prototypes.to(device), self.labels.to(device)
-            self.offsets = None if self.offsets is None else self.offsets.to(device)
-            self.valid = None if self.valid is None else self.valid.to(device)
+from .terms import Term, weighted_terms
 
 
 class ProtoLoss(nn.Module):
@@ -120,62 +96,22 @@ class ProtoLoss(nn.Module):
         self.process_group, self.chunk_size, self.check_values = process_group, chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
         self._is_set = False
-        self._prototypes: Prototypes | None = None
-        self._terms: list[_Term] = []
+        self._prototypes: Prototypes | OnlinePrototypes | None = None
+        self._version = 0
+        self._terms: list[Term] = []
 
-    def set_prototypes(self, prototypes: Prototypes | None) -> None:
+    def set_prototypes(self, prototypes: Prototypes | OnlinePrototypes | None) -> None:
         """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
 
         Raises:
-            TypeError: neither Prototypes nor None.
+            TypeError: neither Prototypes, nor OnlinePrototypes, nor None.
             ValueError: no weight for an external teacher, or without back translation a teacher of another width.
         """
-        if prototypes is not None and not isinstance(prototypes, Prototypes):
-            raise TypeError(f"prototypes must be Prototypes or None, got {type(prototypes).__name__}")
-        self._terms = [] if prototypes is None else self._weighted_terms(prototypes)
+        if prototypes is not None and not isinstance(prototypes, (Prototypes, OnlinePrototypes)):
+            raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
+        self._terms = [] if prototypes is None else weighted_terms(prototypes, self)
         self._prototypes, self._is_set = prototypes, True
-
-    def _weighted_terms(self, prototypes: Prototypes) -> list[_Term]:
-        external = prototypes.external_teachers
-        groups = [teacher if teacher in external else None for _, teacher in prototypes.terms]
-        terms = []
-        for group, ((student, teacher), term) in zip(groups, prototypes.terms.items(), strict=True):
-            part = "proto_loss" if group is None else "proto_external_loss"
-            weight = (self.w_proto if group is None else self._external_weight(group)) / groups.count(group)
-            temperature = self.target_temperature if group is None else self.external_target_temperature
-            if weight:
-                terms.append(_Term(student, teacher, part, weight, *self._constants(student, teacher, term, temperature)))
-        return terms
-
-    def _external_weight(self, teacher: str) -> float:
-        if not isinstance(self.w_external, Mapping):
-            return self.w_external
-        if teacher not in self.w_external:
-            raise ValueError(f"w_external must have a weight for teacher {teacher!r}, got weights for {sorted(self.w_external)}")
-        return self.w_external[teacher]
-
-    def _constants(
-        self, student: str, teacher: str, term: PrototypeTerm, temperature: float | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """P, M - P, labels and the mask (None where every prototype is valid)."""
-        prototypes, centroids = term.prototypes, term.teacher_centroids
-        if not self.back_translation:
-            if centroids.shape[1] != prototypes.shape[1]:
-                raise ValueError(
-                    f"back_translation=False uses the centroids of teacher {teacher!r} as prototypes of {student!r}: they have "
-                    f"width {centroids.shape[1]}, the student {prototypes.shape[1]}"
-                )
-            prototypes = centroids.to(prototypes.dtype)
-        if self.normalize_prototypes:
-            prototypes, centroids = F.normalize(prototypes, dim=1), F.normalize(centroids, dim=1)
-        valid = None if bool(term.valid.all()) else term.valid
-        # A student whose own features of a cluster were all dropped has no prototype for it: that label is ignored, not wrong.
-        labels = term.labels if valid is None else term.labels.where(valid[term.labels.clamp(min=0)], -1)
-        offsets = None
-        if temperature is not None:
-            everything = torch.arange(len(prototypes), device=prototypes.device)
-            offsets = soft_target_rows(centroids, prototypes, temperature, everything, valid, relative=True)
-        return prototypes, offsets, labels, valid
+        self._version = prototypes.version if isinstance(prototypes, OnlinePrototypes) else 0
 
     def forward(
         self,
@@ -202,8 +138,8 @@ class ProtoLoss(nn.Module):
             image_features_projected: (B, D) the head's output, L2-normalised; default ``image_features``.
             text_features_projected: (B, D) likewise; default ``text_features``.
             logit_scale_proto: scale of the prototype terms; default ``logit_scale``.
-            index: (B,) int64 sample indices, needed while prototypes are set.
-            teacher_features: accepted for hosts that pass it; labels of an episode come from ``index``.
+            index: (B,) int64 sample indices, needed while an episode's prototypes are set; None in online mode.
+            teacher_features: (B, D_E) of external teachers by name, for online mode; an episode's labels come from ``index``.
             features: projected features of further modalities by name.
             output_dict: return ``{"contrastive_loss", "proto_loss", "proto_external_loss"}``.
 
@@ -221,15 +157,20 @@ class ProtoLoss(nn.Module):
             **features,
         }
         proto_scale = logit_scale if logit_scale_proto is None else logit_scale_proto
+        online = self._prototypes if isinstance(self._prototypes, OnlinePrototypes) else None
+        if online is not None and online.version != self._version:
+            self.set_prototypes(online)
+        teachers = teacher_features if isinstance(teacher_features, Mapping) else {}
         group = active_group(self.process_group)
         rows = image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0
         (scale, scales, labels), sizes = agree(
-            lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index),
+            lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index, teachers),
             group,
             rows,
             same=lambda: (
                 kind_of(image_features, text_features, scale=logit_scale),
                 [(t.student, t.teacher) for t in self._terms],
+                online and [(name, x.shape[1]) for name, x in {**projected, **teachers}.items()],
             ),
         )
         zero = scale.detach().new_zeros(())
@@ -245,14 +186,16 @@ class ProtoLoss(nn.Module):
             for i, term in enumerate(self._terms):
                 h = projected[term.student]
                 safe = labels[i].where(keeps[i], 0)
-                offsets = None if term.offsets is None else term.offsets.index_select(0, safe)
                 total, correct = prototype_sum(
-                    h, term.prototypes, safe, keeps[i], scales[i], offsets, term.valid, self.chunk_size, with_accuracy=True
+                    *(h, term.prototypes, safe, keeps[i], scales[i], term.offset_rows(safe), term.valid, self.chunk_size),
+                    with_accuracy=True,
                 )
                 share = term.weight * world_size(group) * total / counts[i]
                 parts[term.part] = parts[term.part] + share
                 metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own[i].clamp(min=1)
         self.metrics = metrics
+        if online is not None and torch.is_grad_enabled():
+            online.update(projected, teachers, group, sizes)
         given = (image_features, text_features, logit_scale, logit_bias, proto_scale, *projected.values())
         given += tuple(teacher_features.values()) if isinstance(teacher_features, Mapping) else (teacher_features,)
         parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
@@ -266,6 +209,7 @@ class ProtoLoss(nn.Module):
         projected: dict[str, Tensor],
         proto_scale: Tensor | float,
         index: Tensor | None,
+        teachers: Mapping[str, Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Check the inputs; return InfoNCE's scale, each term's scale and each term's labels of this batch."""
         if not self._is_set:
@@ -279,11 +223,7 @@ class ProtoLoss(nn.Module):
             check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
         if index is not None:
             check.integers("index", index, length=batch, of=" as image_features has rows")
-        if self._prototypes is None or not self._terms:
-            return scale, [], []
-        if index is None:
-            raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
-        positions = self._prototypes.positions(index.to(image_features.device), check_values=self.check_values)
+        labels_of = self._labels_of(projected, teachers, index)
         scales, labels = [], []
         for term in self._terms:
             if term.student not in projected:
@@ -295,17 +235,42 @@ class ProtoLoss(nn.Module):
                 check.finite(f"projected features of {term.student!r}", h)
             term.to(h.device)
             scales.append(check.scale("logit_scale_proto", proto_scale, h, self.check_values))
-            labels.append(term.labels[positions])
+            labels.append(labels_of(term))
         return scale, scales, labels
 
+    def _labels_of(
+        self, projected: Mapping[str, Tensor], teachers: Mapping[str, Tensor], index: Tensor | None
+    ) -> Callable[[Term], Tensor]:
+        """How a term's labels of this batch are found: by sample index, or in online mode by the teacher's nearest centroid."""
+        if isinstance(self._prototypes, OnlinePrototypes):
+            if index is not None:
+                raise ValueError("index must be None with OnlinePrototypes: labels come from the nearest centroid")
+            sources = {**projected, **teachers}
+            for name, x in teachers.items():
+                check.matrix(f"teacher_features[{name!r}]", x, rows=projected["image"].shape[0], of=" as image_features")
+            self._prototypes.check(sources)
+            online = self._prototypes
+            found = {name: online.labels(name, sources[name]) for name in dict.fromkeys(t.teacher for t in self._terms)}
+            return lambda term: term.ignored(found[term.teacher])
+        if self._prototypes is None or not self._terms:
+            return lambda term: term.labels
+        if index is None:
+            raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
+        positions = self._prototypes.positions(index.to(projected["image"].device), check_values=self.check_values)
+        return lambda term: term.labels[positions]
+
     def get_extra_state(self) -> dict[str, Any]:
-        """The prototypes, as plain tensors: what ``state_dict()`` saves."""
-        return {"is_set": self._is_set, "prototypes": None if self._prototypes is None else self._prototypes.state_dict()}
+        """The prototypes, as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""
+        kind = "online" if isinstance(self._prototypes, OnlinePrototypes) else "prototypes"
+        return {"is_set": self._is_set, kind: None if self._prototypes is None else self._prototypes.state_dict()}
 
     def set_extra_state(self, state: Any) -> None:
         """Set the prototypes that were saved."""
-        saved = state["prototypes"]
-        self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))
+        if state.get("online") is not None:
+            self.set_prototypes(OnlinePrototypes.from_state_dict(state["online"]))
+        else:
+            saved = state["prototypes"]
+            self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))
         self._is_set = state["is_set"]
 
 

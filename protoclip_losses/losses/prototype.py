@@ -17,6 +17,7 @@ from ..functional.prototypes import (
     prototype_sum,
     soft_target_rows,
 )
+from .offsets import Offsets
 
 
 class PrototypeLoss(nn.Module):
@@ -114,16 +115,12 @@ class PrototypeLoss(nn.Module):
         return {**self.__dict__, "_cache": None}
 
 
-class _OffsetCache:
-    """Soft targets for one pair of centroid tensors, relative to their base prototypes, filled in as labels ask for them."""
+class _OffsetCache(Offsets):
+    """Soft targets that know which centroid tensors they were made from."""
 
     def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> None:
+        super().__init__(student, teacher, temperature)
         self.keys = [(weakref.ref(x), x._version) for x in (student, teacher, valid) if x is not None]
-        self.temperature = temperature
-        dtype = check.accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
-        self.offsets = torch.empty_like(student, dtype=dtype, requires_grad=False)
-        self.missing = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-        self.num_missing = student.shape[0]
 
     def matches(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> bool:
         current = [(x, x._version) for x in (student, teacher, valid) if x is not None]
@@ -132,11 +129,3 @@ class _OffsetCache:
             and len(current) == len(self.keys)
             and all(ref() is x and version == now for (ref, version), (x, now) in zip(self.keys, current, strict=True))
         )
-
-    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
-        if self.num_missing:
-            wanted = torch.unique(labels[self.missing[labels]])
-            self.offsets[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
-            self.missing[wanted] = False
-            self.num_missing -= wanted.shape[0]
-        return self.offsets.index_select(0, labels)
