@@ -11,7 +11,7 @@ of the whole batch, and the mean of the gradients, which DDP takes, is the gradi
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -114,6 +114,24 @@ def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tens
     """:func:`gather_rows`, differentiable: the gradients of all ranks flow back to the owner of a row."""
     gathered: Tensor = _GatherRows.apply(x, sizes, group)  # type: ignore[no-untyped-call]
     return gathered
+
+
+def in_step(batches: Iterable[T], process_group: Group | bool | None = None) -> Iterator[T]:
+    """The batches, as long as every rank has one: ranks with unequal numbers of them stop together, and none waits for another.
+
+    Ranks compare notes before each batch, on a GPU after the work before it. An error on one rank is raised on all.
+
+    Example:
+        >>> list(in_step([1, 2, 3]))
+        [1, 2, 3]
+    """
+    group, iterator, end = active_group(process_group), iter(batches), object()
+    while True:
+        batch, _ = agree(lambda: next(iterator, end), group)
+        _, has = agree(lambda: None, group, int(batch is not end))
+        if not all(has):
+            return
+        yield batch  # type: ignore[misc]
 
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
