@@ -123,6 +123,8 @@ class Metrics:
         """Put everything on disk and return the size of metrics.jsonl."""
         if self.file is None:
             return 0
+        if self.board is not None:
+            self.board.flush()
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()

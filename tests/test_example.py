@@ -17,13 +17,11 @@ from example_runs import (
     records,
     run,
     run_until,
+    scalars,
     start,
 )
 from pair_files import jpeg, write_folder, write_shards, write_table
 from pairs import Pairs, emoji_pairs
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = str(ROOT / "examples" / "train_cc3m.py")
 
 TINY = ["--batch-size", "16", "--head-width", "32", "--projection-width", "16", "--held-out", "0.15", "--log-every", "1"]
 TINY += ["--workers", "1", "--teacher", "none", "--num-prototypes", "6"]
@@ -119,6 +117,11 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
     run("--run-dir", str(killed), "--resume")
     assert holds_prototypes(whole)
     assert_same_end(whole, killed)
+    for stage, episodes in (("extraction", 4), ("clustering", 4), ("training", 5)):
+        steps = [step for step, _ in scalars(whole, f"episode/{stage}_seconds")]
+        assert len(steps) == episodes
+        # What was done again after a kill is logged again, at the same step.
+        assert sorted({step for step, _ in scalars(killed, f"episode/{stage}_seconds")}) == steps
     assert json.loads((whole / "table.json").read_text()) == json.loads((killed / "table.json").read_text())
 
 
