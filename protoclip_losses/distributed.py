@@ -116,7 +116,7 @@ def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tens
     return gathered
 
 
-def in_step(batches: Iterable[T], process_group: Group | bool | None = None) -> Iterator[T]:
+def in_step(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
     """The batches, as long as every rank has one: ranks with unequal numbers of them stop together, and none waits for another.
 
     Ranks compare notes before each batch, on a GPU after the work before it. An error on one rank is raised on all.
@@ -131,7 +131,7 @@ def in_step(batches: Iterable[T], process_group: Group | bool | None = None) -> 
         _, has = agree(lambda: None, group, int(batch is not end))
         if not all(has):
             return
-        yield batch  # type: ignore[misc]
+        yield batch
 
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:

@@ -114,7 +114,7 @@ class StreamEpisode:
         Args:
             read: shard name to its raw samples, in a fixed order.
             decode: raw sample to decoded sample. A sample for which it raises is left out and counted in
-                :attr:`StreamPass.dropped`, and the batch is smaller.
+                ``dropped``, and the batch is smaller.
             batch_size: samples in a batch.
             workers: loader processes, which take a shard each. With 0, this process reads.
             rank, world_size: whose shards.
@@ -123,7 +123,7 @@ class StreamEpisode:
                 and not here (a network) is not trained.
             max_dropped: the share of samples, of the first thousand at least, above which it is an error.
             collate: a list of decoded samples to a batch.
-            loader: further arguments of :class:`torch.utils.data.DataLoader`.
+            loader: further arguments of ``torch.utils.data.DataLoader``, such as ``generator``.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
