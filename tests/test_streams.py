@@ -147,6 +147,20 @@ def test_samples_are_shuffled_within_blocks_by_seed_and_episode(stream):
     assert len(moves) > 1
 
 
+def test_ranks_shuffle_differently(tmp_path):
+    episode = StreamEpisodes(write_lines(tmp_path, [20, 20]), 2).episode(0)
+    one, other = (
+        [
+            number % 2**32
+            for index, _ in episode.batches(read, decode, 4, shuffle=20, rank=r, world_size=2)
+            for number in index.tolist()
+        ]
+        for r in range(2)
+    )
+    assert sorted(one) == sorted(other)
+    assert one != other
+
+
 def test_no_more_than_a_block_is_held(tmp_path):
     lead, counts = [], collections.Counter()
 
@@ -207,7 +221,11 @@ def test_any_cut_gives_the_same_batches(sizes, batch_size, shuffle, broken, data
         return str(sample)
 
     def fresh():
-        return StreamEpisodes(list(shards), len(shards)).episode(2).batches(read, decode, batch_size, shuffle=shuffle)
+        return (
+            StreamEpisodes(list(shards), len(shards))
+            .episode(2)
+            .batches(read, decode, batch_size, shuffle=shuffle, max_dropped=1.0)
+        )
 
     passing, whole, states = fresh(), [], []
     states.append(passing.state_dict())
@@ -242,6 +260,12 @@ def test_shards_that_were_passed_are_not_opened_again(tmp_path):
     resumed.load_state_dict(state)
     assert len(passed(resumed)) == 5
     assert opened == list(stream.episode(0).shards[3:])
+
+
+def test_sizes_that_workers_find_are_in_the_state(stream):
+    passing = stream.episode(0).batches(read, decode, 4, workers=2)
+    passed(passing)
+    assert sorted(passing.state_dict()["sizes"].tolist()) == sorted(SIZES)
 
 
 def test_a_saved_pass_goes_on_in_a_new_process(stream, tmp_path):
