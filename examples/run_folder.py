@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,19 @@ class Metrics:
             for name, number in numbers.items():
                 self.board.add_scalar(name, number, step)
 
+    def log_scalars(self, prefix: str, values: Mapping[str, float], step: int) -> None:
+        """Numbers that come once an episode, to TensorBoard as `prefix/name`; those of rank 0."""
+        if self.file is not None:
+            self.board = self.board or self._open_board(None)
+            for name, number in values.items():
+                self.board.add_scalar(f"{prefix}/{name}", number, step)
+
     def flush(self) -> int:
         """Put everything on disk and return the size of metrics.jsonl."""
         if self.file is None:
             return 0
+        if self.board is not None:
+            self.board.flush()
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()

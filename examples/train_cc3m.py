@@ -163,7 +163,7 @@ def main() -> None:
     clusterer = EpisodicClusterer(
         num_prototypes, niter=args.cluster_iterations, nredo=args.cluster_restarts, seed=args.seed, device=args.cluster_device
     )
-    sampler = EpisodeSampler(len(train), episode_size, seed=args.seed)
+    sampler = EpisodeSampler(len(train), episode_size, seed=args.seed, episodes=args.episodes)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -229,12 +229,8 @@ def main() -> None:
             sys.exit(0)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
-    episodes = iter(sampler)
-    while True:
-        sampler_state = sampler.state_dict()
-        episode = next(episodes)
-        if episode.number >= args.episodes:
-            break
+    for episode in sampler:
+        sampler_state = {**sampler.state_dict(), "number": episode.number}
         own = episode.shard(rank, world_size)
         still = episode.number >= args.episodes - args.lit_episodes
         contrastive = clip_only or still or episode.number < args.warmup_episodes
@@ -271,11 +267,14 @@ def main() -> None:
             clustering = time.time()
             loss.set_prototypes(clusterer.build(bank, teachers))
             log.info("%s: clustered in %.1f s", title, time.time() - clustering)
+            seconds = {"extraction_seconds": clustering - clock, "clustering_seconds": time.time() - clustering}
+            metrics.log_scalars("episode", seconds, at["step"])
             bank = None
             at["stage"], at["done"] = "training", 0
             save()
 
         # 4. One pass over the same episode, with fresh augmentation.
+        training = time.time()
         model.train()
         order = list(torch.split(own, own_batch))[:steps_per_episode]
         batches = load_batches(train, inputs.tokenize, order[at["done"] :], args.workers)
@@ -301,9 +300,11 @@ def main() -> None:
                 metrics.write(at["step"], episode.number, rate, values, world_size)
             batch_done()
         at["stage"], at["done"] = "extraction", 0
+        metrics.log_scalars("episode", {"training_seconds": time.time() - training}, at["step"])
         kind = "InfoNCE only" if contrastive else "with prototypes"
         log.info("%s: %s, loss %.3f, %.1f s", title, kind, metrics.last_loss, time.time() - clock)
 
+    sampler_state = sampler.state_dict()
     save()
     metrics.close()
     stop.forget()

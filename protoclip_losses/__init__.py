@@ -4,10 +4,13 @@ from . import functional
 from ._version import __version__
 from .back_translation import PrototypicalBackTranslation
 from .clustering import Clusters, EpisodicClusterer, Prototypes, PrototypeTerm
+from .collector import FeatureCollector
 from .episodes import Episode, EpisodeSampler, FeatureBank
 from .heads import ProjectionHead
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
 from .online import OnlinePrototypes
+from .stream_pass import StreamPass
+from .streams import StreamEpisode, StreamEpisodes
 from .teachers import TeacherAdapter
 
 __all__ = [
@@ -16,6 +19,7 @@ __all__ = [
     "EpisodeSampler",
     "EpisodicClusterer",
     "FeatureBank",
+    "FeatureCollector",
     "InfoNCE",
     "OnlinePrototypes",
     "ProjectionHead",
@@ -24,6 +28,9 @@ __all__ = [
     "PrototypeTerm",
     "Prototypes",
     "PrototypicalBackTranslation",
+    "StreamEpisode",
+    "StreamEpisodes",
+    "StreamPass",
     "TeacherAdapter",
     "__version__",
     "functional",

@@ -1,6 +1,7 @@
 """Input checks shared by every public call: each error names the argument, what came and what was wanted."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -85,6 +86,26 @@ def positive_int(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def seed(value: int) -> int:
+    """Check a seed given to a constructor."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"seed must be at least 0, got {value}")
+    return value
+
+
+def strings(name: str, texts: Sequence[str]) -> list[str]:
+    """Check a sequence of strings; one string alone would be taken for a sequence of characters."""
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"{name} must be a list of strings, got a single {type(texts).__name__}")
+    texts = list(texts)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a list of strings, got {type(text).__name__} at position {place}")
+    return texts
 
 
 def finite(name: str, x: Tensor, what: str = "rows") -> None:

@@ -11,7 +11,7 @@ of the whole batch, and the mean of the gradients, which DDP takes, is the gradi
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,24 @@ def gather_rows(x: Tensor, sizes: list[int], group: Group | None) -> Tensor:
     padded[: x.shape[0]] = here
     rows = [part[:n] for part, n in zip(all_gather(padded, group), sizes, strict=True)]
     return torch.cat(rows).to(x.device)
+
+
+def in_step(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
+    """The batches, as long as every rank has one: ranks with unequal numbers of them stop together, and none waits for another.
+
+    Ranks compare notes before each batch, on a GPU after the work before it. An error on one rank is raised on all.
+
+    Example:
+        >>> list(in_step([1, 2, 3]))
+        [1, 2, 3]
+    """
+    group, iterator, end = active_group(process_group), iter(batches), object()
+    while True:
+        batch, _ = agree(lambda: next(iterator, end), group)
+        _, has = agree(lambda: None, group, int(batch is not end))
+        if not all(has):
+            return
+        yield batch
 
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:

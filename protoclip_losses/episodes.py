@@ -30,8 +30,14 @@ class Episode:
         return self.index[rank::world_size]
 
 
+def permutation(n: int, *key: int) -> Tensor:
+    """(n,) int64, a random order of 0, ..., n - 1 that depends on ``key`` alone."""
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(state))
+
+
 class EpisodeSampler:
-    """Draws episodes without end, each without replacement, by a generator seeded by (seed, episode number).
+    """Draws episodes, each without replacement, by a generator seeded by (seed, episode number).
 
     The draw depends on nothing else: not on the rank, on global random state, or on what was drawn before. So every rank
     draws the same, and a resumed run goes on where it was.
@@ -40,6 +46,7 @@ class EpisodeSampler:
         dataset_size: samples in the data set.
         episode_size: samples in an episode.
         seed: of the draw.
+        episodes: after how many to end; None for no end.
 
     Example:
         >>> sampler = EpisodeSampler(dataset_size=10, episode_size=4)
@@ -53,29 +60,24 @@ class EpisodeSampler:
         ProtoCLIP section III-D, https://arxiv.org/abs/2206.10996, which draws with replacement.
     """
 
-    def __init__(self, dataset_size: int, episode_size: int, *, seed: int = 0) -> None:
+    def __init__(self, dataset_size: int, episode_size: int, *, seed: int = 0, episodes: int | None = None) -> None:
         self.dataset_size = check.positive_int("dataset_size", dataset_size)
         self.episode_size = check.positive_int("episode_size", episode_size)
         if episode_size > dataset_size:
             raise ValueError(f"episode_size must be at most dataset_size={dataset_size}, got {episode_size}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
-        self.seed = seed
+        self.seed = check.seed(seed)
+        self.episodes = None if episodes is None else check.positive_int("episodes", episodes)
         self.number = 0
 
     def episode(self, number: int) -> Episode:
         """Episode ``number``, without moving the sampler."""
         if number < 0:
             raise ValueError(f"number must be at least 0, got {number}")
-        state = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        generator = torch.Generator().manual_seed(state)
-        return Episode(number, torch.randperm(self.dataset_size, generator=generator)[: self.episode_size])
+        return Episode(number, permutation(self.dataset_size, self.seed, number)[: self.episode_size])
 
     def __iter__(self) -> Iterator[Episode]:
         """Episodes from the current one on; :attr:`number` is the next to be drawn."""
-        while True:
+        while self.episodes is None or self.number < self.episodes:
             episode = self.episode(self.number)
             self.number += 1
             yield episode

@@ -1,9 +1,8 @@
 """External teachers: features of every sample, from a file, a tensor or an encoder run once over the captions."""
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .distributed import active_group, agree, rank
+from .caption_cache import Encode, call_encoder, encode_to_file
+from .distributed import Group, active_group, agree, rank
 from .pca import PCA
-
-Encode = Callable[[list[str]], "Tensor | np.ndarray[Any, Any]"]
-Rows = "Tensor | np.ndarray[Any, Any]"
 
 BLOCK = 16_384  # rows read at a time
 
@@ -38,8 +35,17 @@ class TeacherAdapter:
         ProtoCLIP section III-C and IV-A: RoBERTa features, PCA to 64, https://arxiv.org/abs/2206.10996.
     """
 
-    def __init__(self, rows: Any, *, pca: PCA | None = None, encode: Encode | None = None, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        index: Tensor | None = None,
+        pca: PCA | None = None,
+        encode: Encode | None = None,
+        normalize: bool = False,
+    ) -> None:
         self._rows, self._encode, self.normalize, self.pca = rows, encode, normalize, pca
+        self._samples = None if index is None else index.cpu().sort()
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], dim: int | None = None, *, normalize: bool = False) -> "TeacherAdapter":
@@ -63,10 +69,20 @@ class TeacherAdapter:
         return cls._with_pca(rows, dim, normalize=normalize)
 
     @classmethod
-    def from_tensor(cls, x: Tensor, dim: int | None = None, *, normalize: bool = False) -> "TeacherAdapter":
-        """A tensor (N, D_E) already in memory; ``dim`` and ``normalize`` as in :meth:`from_file`."""
+    def from_tensor(
+        cls, x: Tensor, dim: int | None = None, *, index: Tensor | None = None, normalize: bool = False
+    ) -> "TeacherAdapter":
+        """A tensor (N, D_E) already in memory; ``dim`` and ``normalize`` as in :meth:`from_file`.
+
+        ``index`` (N,) names the sample of each row, each once; None: row i belongs to sample i.
+        """
         check.matrix("x", x)
-        return cls._with_pca(x.detach(), dim, normalize=normalize)
+        if index is not None:
+            check.integers("index", index, length=len(x), of=" as x has rows")
+            ordered = index.sort().values
+            if repeats := int((ordered[1:] == ordered[:-1]).sum()):
+                raise ValueError(f"index must name each sample once, got {repeats} repeats")
+        return cls._with_pca(x.detach(), dim, normalize=normalize, index=index)
 
     @classmethod
     def from_encoder(
@@ -80,6 +96,7 @@ class TeacherAdapter:
         normalize: bool = True,
         dtype: str = "float16",
         progress: bool | None = None,
+        process_group: Group | bool | None = None,
     ) -> "TeacherAdapter":
         """Run an encoder once over the captions, into a memory-mapped file that a second run reuses and a killed one resumes.
 
@@ -95,19 +112,23 @@ class TeacherAdapter:
             normalize: L2-normalise rows before PCA, as the recipe does.
             dtype: of the file, float16 or float32.
             progress: a bar with rate and ETA. None shows it if tqdm is installed.
+            process_group: None for the default group, ``False`` for this process alone, or a group.
 
         Raises:
             ValueError: an encoder that returns another number of rows, or NaN or Inf; a cache made from other captions.
         """
         path = Path(cache)
-        group = active_group(None)
+        group = active_group(process_group)
 
         def run() -> None:
+            captions = check.strings("texts", texts)
             if rank(group) == 0:
-                _encode_to_file(encode, texts, path, batch_size, dtype, progress)
+                encode_to_file(encode, captions, path, batch_size, dtype, progress)
 
         agree(run, group)
-        adapter = cls(np.load(path, mmap_mode="r"), encode=encode, normalize=normalize)
+        # A node that does not see the file raises on all ranks.
+        rows, _ = agree(lambda: np.load(path, mmap_mode="r"), group)
+        adapter = cls(rows, encode=encode, normalize=normalize)
         saved = path.with_suffix(".pca.npz")
 
         def fit() -> None:
@@ -125,13 +146,13 @@ class TeacherAdapter:
 
         agree(fit, group)
         if dim is not None:
-            fitted = np.load(saved)
+            fitted, _ = agree(lambda: dict(np.load(saved)), group)
             adapter.pca = PCA(torch.from_numpy(fitted["mean"]), torch.from_numpy(fitted["components"]))
         return adapter
 
     @classmethod
-    def _with_pca(cls, rows: Any, dim: int | None, *, normalize: bool) -> "TeacherAdapter":
-        adapter = cls(rows, normalize=normalize)
+    def _with_pca(cls, rows: Any, dim: int | None, *, normalize: bool, index: Tensor | None = None) -> "TeacherAdapter":
+        adapter = cls(rows, normalize=normalize, index=index)
         adapter.pca = adapter._fit(dim)
         return adapter
 
@@ -140,7 +161,7 @@ class TeacherAdapter:
             return None
         check.positive_int("dim", dim)
         if dim > min(self._rows.shape):
-            raise ValueError(f"dim must be at most the teacher's width and number of rows, {self._rows.shape}, got {dim}")
+            raise ValueError(f"dim must be at most the teacher's width and number of rows, {check.shape(self._rows)}, got {dim}")
         return PCA.fit(self._blocks(), dim)
 
     def _blocks(self) -> Iterator[Tensor]:
@@ -168,19 +189,24 @@ class TeacherAdapter:
     def __getitem__(self, index: Tensor) -> Tensor:
         """Features (n, D_E) of sample indices (n,), float32; a sample that the teacher does not have is an IndexError."""
         check.integers("index", index)
+        row = index
         bad = (index < 0) | (index >= len(self))
+        if self._samples is not None:
+            ordered, rows = self._samples
+            place = torch.searchsorted(ordered, index.cpu()).clamp(max=len(ordered) - 1)
+            row, bad = rows[place], ordered[place] != index.cpu()
         if bool(bad.any()):
             raise IndexError(
                 f"index must name samples of the teacher, which has {len(self)} rows: {int(bad.sum())} of {len(index)} are "
-                f"outside (sample {int(index[bad][0])}, for one)"
+                f"outside (sample {int(index[bad.to(index.device)][0])}, for one)"
             )
-        return self._project(self._raw(index))
+        return self._project(self._raw(row))
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Features (n, D_E) of captions that have no index (streams), through the same normalisation and PCA."""
         if self._encode is None:
             raise ValueError("encode needs a teacher made by TeacherAdapter.from_encoder: a file or a tensor has no encoder")
-        rows = torch.from_numpy(_call(self._encode, list(captions))).float()
+        rows = torch.from_numpy(call_encoder(self._encode, check.strings("captions", captions))).float()
         return self._project(torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows)
 
     def _project(self, rows: Tensor) -> Tensor:
@@ -195,67 +221,3 @@ class TeacherAdapter:
         if state and state["mean"].shape[0] != self._rows.shape[1]:
             raise ValueError(f"state_dict is of width {state['mean'].shape[0]}, this teacher's rows of {self._rows.shape[1]}")
         self.pca = PCA(state["mean"], state["components"]) if state else None
-
-
-def _call(encode: Encode, captions: list[str]) -> "np.ndarray[Any, Any]":
-    """Run the encoder and check what it returns."""
-    with torch.no_grad():
-        out = encode(captions)
-    rows = out.detach().float().cpu().numpy() if isinstance(out, Tensor) else np.asarray(out, dtype=np.float32)
-    if rows.ndim != 2 or len(rows) != len(captions):
-        raise ValueError(f"encode must return ({len(captions)}, width) for {len(captions)} captions, got shape {rows.shape}")
-    if not np.isfinite(rows).all():
-        bad = int((~np.isfinite(rows).all(1)).argmax())
-        raise ValueError(f"encode must return finite features, got NaN or Inf for the caption {captions[bad]!r}")
-    return rows
-
-
-def _encode_to_file(encode: Encode, texts: Sequence[str], path: Path, batch_size: int, dtype: str, progress: bool | None) -> None:
-    """Fill ``path`` with the encoder's rows of ``texts``, from where an earlier run stopped."""
-    check.positive_int("batch_size", batch_size)
-    if len(texts) == 0:
-        raise ValueError("texts must hold at least one caption, got none")
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype must be 'float16' or 'float32', got {dtype!r}")
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    record = path.with_suffix(".json")
-    done = 0
-    if record.exists() and path.exists():
-        state = json.loads(record.read_text())
-        if state["texts"] != digest:
-            raise ValueError(f"cache {path} was made from other texts ({state['count']} of them): delete it or name another file")
-        done = int(state["done"])
-        if 0 < done < len(texts) and state["dtype"] != dtype:
-            raise ValueError(f"cache {path} was begun in {state['dtype']}, got dtype={dtype!r}: delete it or name another file")
-    if done == len(texts):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = np.lib.format.open_memmap(path, mode="r+") if done else None
-    for start in _progress(range(done, len(texts), batch_size), progress, done, len(texts), batch_size):
-        block = _call(encode, list(texts[start : start + batch_size]))
-        if rows is None:
-            rows = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(len(texts), block.shape[1]))
-        if np.abs(block).max() > np.finfo(dtype).max:
-            raise ValueError(f"encode returned {np.abs(block).max():.3g}, which overflows {dtype}: pass dtype='float32'")
-        rows[start : start + len(block)] = block
-        rows.flush()
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"texts": digest, "count": len(texts), "done": start + len(block), "dtype": dtype}))
-        temporary.replace(record)
-
-
-def _progress(starts: range, show: bool | None, done: int, total: int, batch_size: int) -> Iterator[int]:
-    if show is False:
-        yield from starts
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        if show:
-            raise ImportError("progress=True needs tqdm: pip install 'protoclip-losses[progress]'") from error
-        yield from starts
-        return
-    with tqdm(desc="teacher", unit=" captions", initial=done, total=total) as bar:
-        for start in starts:
-            yield start
-            bar.update(min(batch_size, total - start))

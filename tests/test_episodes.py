@@ -108,6 +108,17 @@ def test_number_is_the_next_to_be_drawn():
     assert sampler.number == 1
 
 
+def test_a_sampler_ends_after_its_episodes_or_never():
+    sampler = EpisodeSampler(10, 4, episodes=3)
+    assert [episode.number for episode in sampler] == [0, 1, 2]
+    assert list(sampler) == []
+    resumed = EpisodeSampler(10, 4, episodes=5)
+    resumed.load_state_dict(sampler.state_dict())
+    assert [episode.number for episode in resumed] == [3, 4]
+    with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
+        EpisodeSampler(10, 4, episodes=0)
+
+
 def test_a_sampler_goes_on_where_its_state_was():
     sampler = EpisodeSampler(100, 10, seed=5)
     expected = first_episodes(EpisodeSampler(100, 10, seed=5), 4)

@@ -2,28 +2,29 @@
 
 import json
 import math
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from example_runs import (
+    TORCHRUN,
+    assert_same_end,
+    finish,
+    holds_prototypes,
+    last_state,
+    records,
+    run,
+    run_until,
+    scalars,
+    start,
+)
 from pair_files import jpeg, write_folder, write_shards, write_table
 from pairs import Pairs, emoji_pairs
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = str(ROOT / "examples" / "train_cc3m.py")
-
 TINY = ["--batch-size", "16", "--head-width", "32", "--projection-width", "16", "--held-out", "0.15", "--log-every", "1"]
 TINY += ["--workers", "1", "--teacher", "none", "--num-prototypes", "6"]
-TIME_LIMIT = 150
 
 
 @pytest.fixture(scope="module")
@@ -40,67 +41,6 @@ def table(emoji: Pairs, tmp_path_factory: pytest.TempPathFactory) -> str:
         lines.append(f"{i}.jpg\t{emoji.captions[i]}\n")
     (folder / "pairs.tsv").write_text("".join(lines))
     return str(folder / "pairs.tsv")
-
-
-def start(*arguments: str, launcher: tuple[str, ...] = (), threads: int = 1) -> subprocess.Popen[str]:
-    # Bars are redrawn after each batch, as that is how the tests see where a run is.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], limit: float = TIME_LIMIT) -> str:
-    """All it wrote; its whole session is killed if it takes too long."""
-    try:
-        return process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        written = process.communicate()[0]
-        pytest.fail(f"the example took more than {limit} s:\n{written[-3000:]}")
-
-
-def run(*arguments: str, launcher: tuple[str, ...] = (), threads: int = 1, status: int = 0) -> str:
-    process = start(*arguments, launcher=launcher, threads=threads)
-    written = finish(process)
-    assert process.returncode == status, written[-3000:]
-    return written
-
-
-def run_until(pattern: str, number: signal.Signals, delay: float, *arguments: str) -> str:
-    """Start the example, wait until its output matches, wait `delay`, send the signal to its session; what it wrote."""
-    process = start(*arguments)
-    watchdog = threading.Timer(TIME_LIMIT, os.killpg, (process.pid, signal.SIGKILL))
-    watchdog.start()
-    written = ""
-    assert process.stdout is not None
-    # As it comes and not by line: a progress bar ends its lines with a carriage return.
-    while not re.search(pattern, written[-2000:]):
-        part = os.read(process.stdout.fileno(), 1000).decode(errors="replace")
-        assert part, f"ended before {pattern!r} appeared:\n{written[-3000:]}"
-        written += part
-    time.sleep(delay)
-    os.killpg(process.pid, number)
-    written += finish(process)
-    watchdog.cancel()
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), written[-3000:]
-    return written
-
-
-def last_state(run_dir: Path) -> dict[str, Any]:
-    pointer = json.loads((run_dir / "checkpoint.json").read_text())
-    state: dict[str, Any] = torch.load(run_dir / pointer["folder"] / "shared.pt", weights_only=True)
-    return state
-
-
-def records(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_run_folder(run_dir: Path, columns: set[str]) -> dict[str, dict[str, float]]:
@@ -156,29 +96,32 @@ def test_files_that_the_example_did_not_ship(form: str, emoji: Pairs, tmp_path: 
 
 def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table: str, tmp_path: Path) -> None:
     arguments = ["--train-data", table, *TINY, "--batch-size", "8", "--episodes", "5", "--save-every", "2"]
+    arguments += ["--lit-episodes", "0"]  # so that the last checkpoint holds prototypes
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(*arguments, "--run-dir", str(whole))
     places = [
-        ("episode 2/5 extraction: +[1-9]", 0.0),
-        ("episode 3/5 extraction: +[1-9]", random.Random(1).uniform(0, 0.2)),
-        ("episode 3/5: clustering", 0.0),
-        ("episode 3/5 training: +[1-9]", 0.0),
-        ("episode 4/5 training", random.Random(0).uniform(0, 0.5)),
+        ("episode 2/5 extraction: +[1-9]", 0.0, signal.SIGTERM),
+        ("episode 2/5 extraction: +[1-9]", 0.0, signal.SIGKILL),
+        ("episode 3/5 extraction: +[1-9]", random.Random(1).uniform(0, 0.2), signal.SIGKILL),
+        ("episode 3/5: clustering", 0.0, signal.SIGKILL),
+        ("episode 3/5 training: +[1-9]", 0.0, signal.SIGKILL),
+        ("episode 4/5 training", random.Random(0).uniform(0, 0.5), signal.SIGKILL),
+        ("episode 5/5 extraction: +[1-9]", 0.0, signal.SIGINT),
     ]
     steps = last_state(whole)["at"]["step"]
-    for number, (pattern, delay) in enumerate(places):
+    for number, (pattern, delay, kind) in enumerate(places):
         resume = ["--run-dir", str(killed), "--resume"] if number else [*arguments, "--run-dir", str(killed)]
-        written = run_until(pattern, signal.SIGKILL, delay, *resume)
+        written = run_until(pattern, kind, delay, *resume)
         assert last_state(killed)["at"]["step"] < steps
         assert number == 0 or "resuming after step" in written
     run("--run-dir", str(killed), "--resume")
-    one, other = last_state(whole), last_state(killed)
-    assert one["at"]["step"] == other["at"]["step"]
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, other["model"][name]), name
-    for number, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
-    assert records(whole) == records(killed)
+    assert holds_prototypes(whole)
+    assert_same_end(whole, killed)
+    for stage, episodes in (("extraction", 4), ("clustering", 4), ("training", 5)):
+        steps = [step for step, _ in scalars(whole, f"episode/{stage}_seconds")]
+        assert len(steps) == episodes
+        # What was done again after a kill is logged again, at the same step.
+        assert sorted({step for step, _ in scalars(killed, f"episode/{stage}_seconds")}) == steps
     assert json.loads((whole / "table.json").read_text()) == json.loads((killed / "table.json").read_text())
 
 
@@ -194,9 +137,8 @@ def test_a_stop_signal_to_all_processes_saves_and_stops(number: signal.Signals, 
 
 def test_two_processes_train_as_one_does(table: str, tmp_path: Path) -> None:
     arguments = ["--train-data", table, *TINY, "--episodes", "3", "--head-norm", "layer", "--save-every", "3"]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run(*arguments, "--run-dir", str(tmp_path / "one"))
-    run(*arguments, "--run-dir", str(tmp_path / "two"), launcher=launcher)
+    run(*arguments, "--run-dir", str(tmp_path / "two"), launcher=TORCHRUN)
     check_run_folder(tmp_path / "two", WITHOUT_LABELS)
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     assert [record["step"] for record in one] == [record["step"] for record in two]

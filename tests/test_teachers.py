@@ -144,6 +144,21 @@ def test_a_tensor_that_is_not_a_matrix_of_floats_is_named(x, error):
         TeacherAdapter.from_tensor(x)
 
 
+def test_a_tensor_can_name_its_samples():
+    x, index = spread(5), torch.tensor([2**40, 7, 0, 3, 2**33 + 1])
+    teacher = TeacherAdapter.from_tensor(x, index=index)
+    assert torch.equal(teacher[torch.tensor([3, 2**40, 3])], x[[3, 0, 3]].float())
+    assert torch.equal(TeacherAdapter.from_tensor(x, 2, index=index)[index], TeacherAdapter.from_tensor(x, 2)[torch.arange(5)])
+    assert len(TeacherAdapter.from_tensor(x[:0], index=index[:0])[index[:0]]) == 0
+    for samples, message in (([7, 2], "5 rows: 1 of 2 .*sample 2,"), ([2**50], "1 of 1 .*sample 1125"), ([-1], "sample -1")):
+        with pytest.raises(IndexError, match=message):
+            teacher[torch.tensor(samples)]
+    with pytest.raises(ValueError, match="index must name each sample once, got 2 repeats"):
+        TeacherAdapter.from_tensor(x, index=torch.tensor([1, 1, 4, 4, 2]))
+    with pytest.raises(ValueError, match="index must have 5 entries as x has rows, got 4"):
+        TeacherAdapter.from_tensor(x, index=index[:4])
+
+
 # --- PCA --------------------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +201,7 @@ def test_a_width_that_is_not_there_is_an_error(tmp_path, dim, error):
     for make in (TeacherAdapter.from_tensor, lambda x, dim: TeacherAdapter.from_file(save(tmp_path, x.numpy()), dim)):
         with pytest.raises(error, match="dim must be"):
             make(spread(), dim)
-    with pytest.raises(ValueError, match=r"dim must be at most the teacher's width and number of rows, .*8, 12.*, got 9"):
+    with pytest.raises(ValueError, match=r"dim must be at most the teacher's width and number of rows, \(8, 12\), got 9"):
         TeacherAdapter.from_tensor(spread(8), 9)
     with pytest.raises(error, match="dim must be"):
         encoded(tmp_path / "t.npy", dim=dim)
@@ -295,6 +310,11 @@ def test_streams_are_encoded_as_the_indexed_captions_were(tmp_path, dim, normali
     captions = [CAPTIONS[7], CAPTIONS[30]]
     assert torch.equal(teacher.encode(captions), teacher[torch.tensor([7, 30])])
     assert teacher.encode(["a new boat"]).shape == (1, dim or 12)
+
+
+def test_a_single_caption_is_not_a_list_of_characters(tmp_path):
+    with pytest.raises(TypeError, match="captions must be a list of strings, got a single str"):
+        encoded(tmp_path / "t.npy").encode("a cat")
 
 
 def test_a_file_has_no_encoder_for_streams():
@@ -457,6 +477,8 @@ def test_features_that_overflow_float16_are_an_error(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"texts": []}, ValueError, "texts must hold at least one caption"),
+        ({"texts": "a cat"}, TypeError, "texts must be a list of strings, got a single str"),
+        ({"texts": ["a cat", None]}, TypeError, "texts must be a list of strings, got NoneType at position 1"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"dtype": "float64"}, ValueError, "dtype must be 'float16' or 'float32', got 'float64'"),
     ],
