@@ -17,6 +17,7 @@ from protoclip_losses import (
     EpisodicClusterer,
     FeatureBank,
     InfoNCE,
+    OnlinePrototypes,
     ProjectionHead,
     ProtoLoss,
     Prototypes,
@@ -118,6 +119,27 @@ def a_term_in_which_no_sample_counts_is_zero(rank, world_size, folder):
     value.backward()
     assert float(value) == 0
     assert (h.grad == 0).all()
+
+
+def online_prototypes_are_those_of_one_process(rank, world_size, folder):
+    """Equal shares of a batch, and a queue that they divide: the same terms, losses and gradients."""
+    whole, own = ProtoLoss(target_temperature=0.1, **LOCAL), ProtoLoss(target_temperature=0.1)
+    settings = {"num_prototypes": 4, "queue_size": 32, "every": 3, "warmup": 2}
+    for loss in (whole, own):
+        loss.set_prototypes(OnlinePrototypes(**settings))
+    rows = slice(8 * rank // world_size, 8 * (rank + 1) // world_size)
+    for step in range(9):
+        image, text = (unit(8, 6, 10 * step + side, torch.float32) for side in (1, 2))
+        full, part = leaf(image), leaf(image[rows])
+        value = whole(full, text, 10.0)
+        share = own(part, text[rows], 10.0)
+        value.backward()
+        share.backward()
+        assert_near(everyone(share).mean(), value)
+        assert_near(part.grad / world_size, full.grad[rows])
+    for key, term in whole._prototypes.terms.items():
+        for name in ("prototypes", "teacher_centroids"):
+            assert_near(getattr(own._prototypes.terms[key], name), getattr(term, name))
 
 
 class Towers(nn.Module):
@@ -319,6 +341,7 @@ def a_group_of_one_is_one_process(rank, world_size, folder):
 CASES = [
     the_share_of_info_nce_is_exact,
     a_text_that_is_near_no_image_is_exact,
+    online_prototypes_are_those_of_one_process,
     the_share_of_every_part_is_exact,
     a_term_in_which_no_sample_counts_is_zero,
     info_nce_under_ddp,
