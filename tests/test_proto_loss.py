@@ -416,6 +416,7 @@ def test_prototypes_made_in_inference_mode_can_be_trained_against():
 # --- Metrics
 
 
+@pytest.mark.usefixtures("form")
 def test_metrics_are_detached_and_equal_the_dense_argmax():
     prototypes = episode(teachers=("roberta",), empty=(1,))
     row = {int(s): i for i, s in enumerate(prototypes.index)}

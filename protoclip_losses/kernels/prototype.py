@@ -41,8 +41,8 @@ def label_nll(
     """Sum of the losses of the rows in ``keep`` (None: all), how many of them put their label first, and the gradients.
 
     Offsets (B, D) are of the targets relative to the labels' prototypes, None for hard targets. Gradients are those of the sum,
-    with respect to features (B, D), prototypes (K, D) and scale (); what is not asked for is empty or zero. Features of rows
-    that are not kept must be finite, and their offsets zero.
+    with respect to features (B, D), prototypes (K, D) and scale (); what is not asked for is empty or zero. Features and
+    offsets of rows that are not kept must be zero, and what they get as gradient is to be left out.
     """
     batch, width = features.shape
     total = scale.new_zeros(())
@@ -65,12 +65,8 @@ def label_nll(
             total += (nll if keep is None else nll * keep[rows]).sum()
             if offsets is not None:
                 total -= torch.sum(offsets[rows] * h) * scale
-            if not (with_gradient or with_prototype_gradient):
-                continue
             logits[torch.arange(len(label), device=label.device), label] = lacking.to(logits.dtype)
             residual = blocks.rounded(logits)  # p - onehot
-            if keep is not None:
-                residual *= keep[rows, None]
             if with_gradient:
                 direction = torch.mm(residual, prototypes).to(scale.dtype)
                 if offsets is not None:
