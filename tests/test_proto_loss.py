@@ -416,11 +416,11 @@ def test_prototypes_made_in_inference_mode_can_be_trained_against():
 # --- Metrics
 
 
-@pytest.mark.usefixtures("form")
-def test_metrics_are_detached_and_equal_the_dense_argmax():
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_metrics_are_detached_and_equal_the_dense_argmax(chunk_size):
     prototypes = episode(teachers=("roberta",), empty=(1,))
     row = {int(s): i for i, s in enumerate(prototypes.index)}
-    loss = built(prototypes, chunk_size=4)
+    loss = built(prototypes, chunk_size=chunk_size)
     z, h, index = batch(prototypes, size=30)
     for t in prototypes.terms.values():
         t.labels[[row[int(i)] for i in index[:3]]] = -1
