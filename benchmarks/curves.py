@@ -34,9 +34,15 @@ def draw(
     for call, (label, colour, style) in STYLES.items():
         column = "floor3" if call == "floor" and name.startswith("pairs") else call
         found = [(size, rows[key]) for size in sizes if (key := (name.format(size), column)) in rows]
-        time.loglog([x for x, _ in found], [float(row["median_ms"]) for _, row in found], style, color=colour, label=label)
+        time.loglog(
+            [x for x, _ in found],
+            [float(row["median ms [min, max]"].split()[0]) for _, row in found],
+            style,
+            color=colour,
+            label=label,
+        )
         if call != "floor":
-            peaks = [max(1.0, float(row["peak_extra_mb"])) for _, row in found]
+            peaks = [max(1.0, float(row["peak extra MB"])) for _, row in found]
             memory.loglog([x for x, _ in found], peaks, style, color=colour, label=label)
     time.set_title(title, fontsize=10)
     memory.set_xlabel(by)

@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import statistics
+from typing import TextIO
 
 from cases import Case, Results, make
 from measure import free_bytes, in_new_process, interleaved, machine, peak_extra_bytes, ratio
@@ -32,6 +33,7 @@ CASES = (
     "pbt/200000/20000/128",
     "targets/4096/128",
 )
+HEADER = ["case", "call", "median ms [min, max]", "ours / it", "peak extra MB", "relative error"]
 LARGE = ("soft/float32/65536/20000/128", "pairs/65536/512", "targets/50000/128")
 
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="kind/dtype/B/K/D, pairs/B/d, pbt/N/K/D or targets/K/D")
     parser.add_argument("--calls", nargs="*", help="only these columns")
     parser.add_argument("--large", action="store_true", help=f"the cases {' '.join(LARGE)}, our call alone, once")
+    parser.add_argument("--rst", help="also write the table to this file, as the documentation includes it")
     parser.add_argument("--csv", help="also write every time and peak as a row of this file")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CALL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -76,7 +79,7 @@ def main() -> None:
     names = args.cases or (LARGE if args.large else CASES)
     only, repeats = (["ours"], 1) if args.large else (args.calls, args.repeats)
     print(machine(args.device))
-    print("| case | call | median ms [min, max] | ours / it | peak extra MB | relative error |\n|---|---|---|---|---|---|")
+    print(f"| {' | '.join(HEADER)} |\n{'|---' * len(HEADER)}|")
     rows = []
     for name in names:
         case = make(name, args.device)
@@ -90,8 +93,8 @@ def main() -> None:
             peak = memory(name, call, args.device) if measured and call != "compiled" else ""
             wrong = f"{error(calls[call](), truth):.1e}" if measured and truth else ""  # type: ignore[arg-type]
             median = f"{statistics.median(ms):.3g} [{min(ms):.3g}, {max(ms):.3g}]"
-            print(f"| {name} | {call} | {median} | {ratio(times, 'ours', call)} | {peak} | {wrong} |", flush=True)
-            rows.append([name, call, f"{statistics.median(ms):.4g}", ratio(times, "ours", call), peak, wrong])
+            rows.append([name, call, median, ratio(times, "ours", call), peak, wrong])
+            print(f"| {' | '.join(rows[-1])} |", flush=True)
         del case, calls, truth
     if "open_clip" not in {row[1] for row in rows}:
         print("open_clip is not installed here: its rows are left out")
@@ -100,7 +103,21 @@ def main() -> None:
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             file.write(f"# {machine(args.device)}\n")
-            csv.writer(file).writerows([["case", "call", "median_ms", "ours_over_it", "peak_extra_mb", "relative_error"], *rows])
+            csv.writer(file).writerows([HEADER, *rows])
+    if args.rst:
+        with open(args.rst, "w", newline="") as file:
+            file.write(f".. csv-table:: {machine(args.device)}\n   :header-rows: 1\n\n")
+            csv.writer(Indented(file)).writerows([HEADER, *rows])
+
+
+class Indented:
+    """A file whose lines are indented by three spaces."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, line: str) -> None:
+        self.file.write("   " + line.replace("\r\n", "\n"))
 
 
 if __name__ == "__main__":
