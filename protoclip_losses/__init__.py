@@ -3,15 +3,17 @@
 from . import functional
 from ._version import __version__
 from .back_translation import PrototypicalBackTranslation
-from .clustering import Clusters, EpisodicClusterer, Prototypes, PrototypeTerm
+from .clustering import ClusteringReport, Clusters, EpisodeReport, EpisodicClusterer, Prototypes, PrototypeTerm
 from .episodes import Episode, EpisodeSampler, FeatureBank
 from .heads import ProjectionHead
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
 from .teachers import TeacherAdapter
 
 __all__ = [
+    "ClusteringReport",
     "Clusters",
     "Episode",
+    "EpisodeReport",
     "EpisodeSampler",
     "EpisodicClusterer",
     "FeatureBank",

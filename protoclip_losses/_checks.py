@@ -87,6 +87,15 @@ def positive_int(name: str, value: int) -> int:
     return value
 
 
+def seed(name: str, value: int) -> int:
+    """Check a seed given to a constructor; any size will do."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
 def finite(name: str, x: Tensor, what: str = "rows") -> None:
     """Raise if ``x`` holds NaN or Inf, with the number of rows that do."""
     # A sum is finite only if every entry is; the entries are looked at one by one only where it is not.
