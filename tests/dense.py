@@ -106,18 +106,13 @@ def distances(features, centroids):
 
 
 def lloyd(features, centroids, niter, spherical=False):
-    """Centroids after ``niter`` times: the nearest centroid of each row, the mean of each centroid's rows; and the objectives.
-
-    Centroids without rows go to the rows farthest from their own centroids, both in their order.
-    """
+    """Centroids after ``niter`` times: the nearest centroid of each row, the mean of each centroid's rows; and the objectives"""
     unit = torch.nn.functional.normalize if spherical else lambda x, dim: x
     centroids, objectives = unit(centroids.double(), dim=1), []
     for _ in range(niter):
         distance, labels = distances(features, centroids).min(1)
         objectives.append(float(distance.sum()))
         means, counts = back_translate(labels, features, len(centroids))
-        centroids = torch.where(counts[:, None] > 0, unit(means, dim=1), centroids)
-        empty = (counts == 0).nonzero()[:, 0]
-        farthest = distance.argsort(descending=True, stable=True)[: len(empty)].sort().values
-        centroids[empty] = unit(features.double()[farthest], dim=1)
+        assert (counts > 0).all(), "where an empty cluster goes is not a matter of Lloyd's algorithm"
+        centroids = unit(means, dim=1)
     return centroids, objectives

@@ -74,7 +74,7 @@ def sums_by_label(labels: Tensor, features: Tensor, num_labels: int, origin: Ten
     """
     dtype = wide(features.device)
     sums = torch.zeros((num_labels, features.shape[1] + 1), dtype=dtype, device=features.device)
-    for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS):
+    for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_labels else ():
         block = features[part].float()
         block = torch.nn.functional.pad(block if origin is None else block - origin, (0, 1), value=1.0)
         sums += label_sums(labels[part], block.to(dtype), num_labels, check_values=False)[0]

@@ -73,8 +73,8 @@ class _Lloyd:
             news = self.rows.sum(news)
             objectives.append(float(news[-1]))
             before = self.centroids.clone()
-            touched = news[:-1].nonzero()[:, 0]
-            reseeded += self._update(touched) if len(touched) else 0
+            self._update(news[:-1].nonzero()[:, 0])
+            reseeded += self._reseed(seed, run, ROUNDS + len(objectives))
             if len(objectives) == niter or _settled(objectives, tol):
                 return Run(self.centroids + self.origin, tuple(objectives), reseeded)
             labels = self.labels.clone()
@@ -97,21 +97,25 @@ class _Lloyd:
         drawn = torch.zeros_like(self.labels, dtype=torch.bool)
         weights = torch.ones_like(self.score)
         for number, part in enumerate(columns.tensor_split(min(ROUNDS, self.num_prototypes))):
-            waits = waiting_times(seed, run, number, self.rows.total).to(weights.device)[self.rows.place]
-            rows, places = self.rows.smallest((waits / weights).masked_fill(drawn, torch.inf), len(part))
+            rows, places = self._draw(len(part), seed, run, number, weights.masked_fill(drawn, 0))
             drawn |= torch.isin(self.rows.place, places)
             self._move(part, rows)
             self._offer(part, torch.arange(len(self.labels), device=self.labels.device))
             weights = self._distances().clamp(min=1e-30)  # equal rows are drawn when no other is left
         return None
 
+    def _draw(self, count: int, seed: int, run: int, number: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """As many different rows by weight, and their places; rows of weight 0 are not drawn."""
+        waits = waiting_times(seed, run, number, self.rows.total).to(weights.device)[self.rows.place]
+        return self.rows.smallest(waits / weights, count)
+
     def _move(self, columns: Tensor, rows: Tensor) -> None:
         """Put these centroids at rows of the data."""
         centroids = rows - self.origin
         self.centroids[columns] = torch.nn.functional.normalize(centroids, dim=1) if self.spherical else centroids
 
-    def _update(self, touched: Tensor) -> int:
-        """Means of the clusters that won or lost a row; empty ones go to the rows farthest from their centroids."""
+    def _update(self, touched: Tensor) -> None:
+        """Means of the clusters that won or lost a row."""
         number = torch.full((self.num_prototypes,), -1, device=touched.device)
         number[touched] = torch.arange(len(touched), device=touched.device)
         sums = self._sums(number[self.labels], len(touched))
@@ -120,12 +124,15 @@ class _Lloyd:
         if self.spherical:
             means = torch.nn.functional.normalize(means, dim=1)
         self.centroids[touched] = means.where(sums[:, -1:] > 0, self.centroids[touched])
+
+    def _reseed(self, seed: int, run: int, number: int) -> int:
+        """Give empty clusters a row far from its centroid; how many there were rows for."""
         empty = (self.counts == 0).nonzero()[:, 0]
         if len(empty) == 0:
             return 0
         distances = self._distances()
         apart = distances > 1e-5 * self.square  # less is rounding: there are no more distinct rows than centroids
-        rows, _ = self.rows.smallest((-distances).where(apart, torch.inf), len(empty))
+        rows, _ = self._draw(len(empty), seed, run, number, distances.where(apart, 0))
         self._move(empty[: len(rows)], rows)
         return len(rows)
 
