@@ -3,7 +3,7 @@
     python benchmarks/clustering.py                                    # synthetic features, 60,000 rows: 12 minutes on 2 cores
     python benchmarks/clustering.py --cases features.npy --repeats 2    # your own (N, D) rows
     python benchmarks/clustering.py --cases mixture/200000/20000/128 --repeats 1 --peer-redo 1
-    python benchmarks/clustering.py --memory                         # peak memory at N = 1,000,000, K = 5,000, float16 and float32
+    python benchmarks/clustering.py --memory     # peak memory at N = 1,000,000 and K = 5,000
     python benchmarks/clustering.py --csv out.csv
 
 The peer is ``faiss.Kmeans(niter=20, nredo=3)`` on all rows and a search of its index for the labels. Round r gives every engine
@@ -104,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=CASES, help="mixture/N/K/D, sphere/N/K/D, or a .npy file of N rows")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, each with a seed of its own")
+    parser.add_argument("--engines", nargs="*", help="of ours and superkmeans; default: all that are installed")
     parser.add_argument("--peer-redo", type=int, default=3, help="nredo of faiss itself; its time is proportional to it")
     parser.add_argument("--csv", help="also write every time and objective as a row of this file")
     parser.add_argument("--memory", action="store_true", help="measure memory and nothing else")
@@ -126,7 +127,9 @@ def main() -> None:
     rows = []
     for case in args.cases:
         features, columns = features_of(case)
-        calls = calls_of(args.peer_redo)
+        calls = {
+            n: f for n, f in calls_of(args.peer_redo).items() if not args.engines or n.split()[0] in args.engines or "nredo" in n
+        }
         times: dict[str, list[float]] = {name: [] for name in calls}
         objectives: dict[str, list[float]] = {name: [] for name in calls}
         for fit in calls.values():

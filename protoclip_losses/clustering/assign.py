@@ -5,11 +5,12 @@ from torch import Tensor
 
 from ..kernels.blocks import rows_per_block
 
+BLOCK_ROWS = 2**16  # rows that are copied to float32 at a time
 GROUPS = 64  # a maximum of values is ten times faster than one that remembers where; it narrows the search to one group
 
 
 @torch.no_grad()
-def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def assign(features: Tensor, centroids: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Nearest centroid of each row in Euclidean distance.
 
     .. math::
@@ -18,6 +19,7 @@ def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         features: (N, D).
         centroids: (K, D).
+        known: (N,) int64, labels that are beyond doubt, and -1 where the nearest centroid is to be found.
 
     Returns:
         Labels (N,) int64, the lowest id among equals, and squared distances (N,).
@@ -26,15 +28,15 @@ def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     origin = centroids.mean(0)  # distances from a point among them: far from 0, the half norms would hold no other digits
     centroids = centroids - origin
     scores = Scores(centroids)
-    labels = torch.empty(features.shape[0], dtype=torch.int64, device=features.device)
-    distances = torch.empty(features.shape[0], dtype=torch.float32, device=features.device)
-    for start in range(0, features.shape[0], scores.step):
-        rows = slice(start, start + scores.step)
-        block = features[rows].float() - origin
-        labels[rows] = scores.best(block)[1]
-        # From the difference itself: expanding the square loses all digits of a small distance.
-        distances[rows] = (block - centroids[labels[rows]]).square().sum(1)
-    return labels, distances
+    labels = torch.full((len(features),), -1, device=features.device) if known is None else known.clone()
+    for part in torch.split((labels < 0).nonzero()[:, 0], scores.step):
+        labels[part] = scores.best(features[part].float() - origin)[1]
+    # From the difference itself: expanding the square loses all digits of a small distance.
+    distances = [
+        (features[start : start + BLOCK_ROWS].float() - origin - centroids[labels[start : start + BLOCK_ROWS]]).square().sum(1)
+        for start in range(0, max(1, len(features)), BLOCK_ROWS)
+    ]
+    return labels, torch.cat(distances)
 
 
 class Scores:

@@ -166,7 +166,7 @@ class EpisodicClusterer:
             init=init,
         )
         clustered = time.perf_counter()
-        nearest, distances = assign(points, run.centroids)
+        nearest, distances = assign(points, run.centroids, run.labels)
         counts = sum_over_ranks(torch.bincount(nearest, minlength=self.num_prototypes), group).to(features.device)
         objective = float(sum_over_ranks(distances.to(wide(distances.device)).sum(), group))
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)

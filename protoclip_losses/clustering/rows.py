@@ -7,17 +7,24 @@ from torch import Tensor
 
 from ..distributed import Group, gather_rows, rank, sum_over_ranks
 from ..functional.back_translation import label_sums
-
-BLOCK_ROWS = 2**16  # rows that are copied to a wider dtype at a time
+from .assign import BLOCK_ROWS
 
 
 @dataclass(frozen=True)
 class Run:
-    """Centroids (K, D) float32, the objective at each iteration, how often an empty cluster was re-seeded; equal on all ranks."""
+    """What an engine found.
+
+    Attributes:
+        centroids: (K, D) float32, equal on all ranks.
+        objectives: sum of squared distances at each iteration.
+        reseeded: how often an empty cluster was given a new start.
+        labels: own rows' (n,), where there is no doubt which centroid is nearest, and -1 elsewhere; or None.
+    """
 
     centroids: Tensor
     objectives: tuple[float, ...]
     reseeded: int
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .assign import Scores
-from .rows import BLOCK_ROWS, Rows, Run, sums_by_label, wide
+from .assign import BLOCK_ROWS, Scores
+from .rows import Rows, Run, sums_by_label, wide
 
 ROUNDS = 16  # in which the first centroids are drawn; K-means++ draws one a round
 
@@ -75,12 +75,17 @@ class _Lloyd:
             before = self.centroids.clone()
             self._update(news[:-1].nonzero()[:, 0])
             reseeded += self._reseed(seed, run, ROUNDS + len(objectives))
-            if len(objectives) == niter or _settled(objectives, tol):
-                return Run(self.centroids + self.origin, tuple(objectives), reseeded)
             labels = self.labels.clone()
             self._reassign((self.centroids != before).any(1))
+            if len(objectives) == niter or _settled(objectives, tol):
+                return Run(self.centroids + self.origin, tuple(objectives), reseeded, self._certain_labels())
             differ = self.labels != labels
             changed = torch.cat([self.labels[differ], labels[differ]])
+
+    def _certain_labels(self) -> Tensor:
+        """Labels by more than any rounding of a score, else -1."""
+        largest = self.square + self.centroids.square().sum(1).amax()
+        return self.labels.where(self.score - self.bound > 1e-5 * largest, -1)
 
     def _block(self, part: Tensor) -> Tensor:
         return self.rows.points[part].float() - self.origin
