@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..kernels.blocks import rows_per_block
 
-BLOCK_ROWS = 2**16  # rows that are copied to float32 at a time
+BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
 GROUPS = 64  # a maximum of values is ten times faster than one that remembers where; it narrows the search to one group
 
 
