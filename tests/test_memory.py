@@ -140,14 +140,14 @@ def test_infonce_takes_three_products_within_its_budget_and_four_beyond(batch, a
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_kmeans_neither_copies_the_features_nor_holds_rows_times_prototypes(dtype):
-    features = unit(400_000, 64, 0, torch.float32).to(dtype)  # 102 MB in float32; 400 MB of products
-    peak, _ = cost(lambda: EpisodicClusterer(256, backend="torch", niter=3).fit(features))
+    features = unit(100_000, 256, 0, torch.float32).to(dtype)  # 98 MB in float32; 293 MB of products
+    peak, _ = cost(lambda: EpisodicClusterer(768, backend="torch", niter=3).fit(features))
     assert peak <= 90 * MEGABYTE
 
 
 def test_a_build_does_not_copy_features_that_are_all_its_own():
-    index = torch.arange(200_000)
-    bank = FeatureBank(index, 64)
-    bank.update(index, *(unit(200_000, 64, seed, torch.float32) for seed in (0, 1)))  # 51 MB each
+    index = torch.arange(50_000)
+    bank = FeatureBank(index, 512)
+    bank.update(index, *(unit(50_000, 512, seed, torch.float32) for seed in (0, 1)))  # 98 MB each
     peak, _ = cost(lambda: EpisodicClusterer(16, niter=2).build(bank))
     assert peak <= 90 * MEGABYTE

@@ -37,7 +37,7 @@ def test_a_report_holds_the_numbers_of_its_clustering(backend, spherical):
     assert report.backend == backend
     assert report.objective == clusters.objective
     assert len(report.objectives) == 6
-    assert all(a >= b for a, b in zip(report.objectives, [*report.objectives[1:], report.objective], strict=True))
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(report.objectives, [*report.objectives[1:], report.objective], strict=True))
     assert report.objective > 0.5 * report.objectives[0]
     shares = clusters.counts / 299
     assert report.imbalance == pytest.approx(30 * float((shares * shares).sum()), rel=1e-5)
