@@ -3,7 +3,7 @@
 from . import functional
 from ._version import __version__
 from .back_translation import PrototypicalBackTranslation
-from .clustering import Clusters, EpisodicClusterer, Prototypes, PrototypeTerm
+from .clustering import ClusteringReport, Clusters, EpisodeReport, EpisodicClusterer, Prototypes, PrototypeTerm
 from .collector import FeatureCollector
 from .episodes import Episode, EpisodeSampler, FeatureBank
 from .heads import ProjectionHead
@@ -14,8 +14,10 @@ from .streams import StreamEpisode, StreamEpisodes
 from .teachers import TeacherAdapter
 
 __all__ = [
+    "ClusteringReport",
     "Clusters",
     "Episode",
+    "EpisodeReport",
     "EpisodeSampler",
     "EpisodicClusterer",
     "FeatureBank",

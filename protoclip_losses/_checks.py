@@ -88,12 +88,12 @@ def positive_int(name: str, value: int) -> int:
     return value
 
 
-def seed(value: int) -> int:
-    """Check a seed given to a constructor."""
+def seed(name: str, value: int) -> int:
+    """Check a seed given to a constructor; any size will do."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 0:
-        raise ValueError(f"seed must be at least 0, got {value}")
+        raise ValueError(f"{name} must be at least 0, got {value}")
     return value
 
 

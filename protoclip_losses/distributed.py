@@ -96,6 +96,15 @@ def gather_rows(x: Tensor, sizes: list[int], group: Group | None) -> Tensor:
     return torch.cat(rows).to(x.device)
 
 
+def gather_texts(text: str, group: Group | None) -> list[str]:
+    """Every rank's text, in the order of ranks."""
+    if group is None:
+        return [text]
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device_of(group))
+    sizes = agree(lambda: None, group, len(data))[1]
+    return [bytes(part.tolist()).decode() for part in torch.split(gather_rows(data, sizes, group), sizes)]
+
+
 def in_step(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
     """The batches, as long as every rank has one: ranks with unequal numbers of them stop together, and none waits for another.
 

@@ -65,7 +65,7 @@ class EpisodeSampler:
         self.episode_size = check.positive_int("episode_size", episode_size)
         if episode_size > dataset_size:
             raise ValueError(f"episode_size must be at most dataset_size={dataset_size}, got {episode_size}")
-        self.seed = check.seed(seed)
+        self.seed = check.seed("seed", seed)
         self.episodes = None if episodes is None else check.positive_int("episodes", episodes)
         self.number = 0
 

@@ -171,10 +171,10 @@ class OnlinePrototypes:
             )
         rows = (self._number >= 0).nonzero()[:, 0]
         clusterer = EpisodicClusterer(
-            self.num_prototypes, niter=self.niter, seed=self.seed, max_dropped=1, process_group=group or False
+            self.num_prototypes, niter=self.niter, tol=0, seed=self.seed, max_dropped=1, process_group=group or False
         )
         queues = {name: self._queue[name][rows.to(self._queue[name].device)] for name in teachers}
-        centroids = {name: clusterer._fit(x, self._number[rows].to(x.device)).centroids for name, x in queues.items()}
+        centroids = {name: clusterer._fit(x, self._number[rows].to(x.device), None).centroids for name, x in queues.items()}
         self._accumulate(rows, centroids, students)
         self._renew(centroids, group)
 

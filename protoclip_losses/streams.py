@@ -43,7 +43,7 @@ class StreamEpisodes:
         self.shards_per_episode = check.positive_int("shards_per_episode", shards_per_episode)
         if shards_per_episode > len(self.shards):
             raise ValueError(f"shards_per_episode must be at most the {len(self.shards)} shards, got {shards_per_episode}")
-        self.seed = check.seed(seed)
+        self.seed = check.seed("seed", seed)
         self.episodes = None if episodes is None else check.positive_int("episodes", episodes)
         self.number = 0
 

@@ -98,3 +98,21 @@ def objective(
         "proto_loss": w_proto * sum(internal) / max(1, len(internal)),
         "proto_external_loss": sum(weights[t] * sum(values) / len(values) for t, values in external.items()),
     }
+
+
+def distances(features, centroids):
+    """||x_i - c_k||^2, (N, K), from the differences"""
+    return (features.double()[:, None] - centroids.double()).square().sum(2)
+
+
+def lloyd(features, centroids, niter, spherical=False):
+    """Centroids after ``niter`` times: the nearest centroid of each row, the mean of each centroid's rows; and the objectives"""
+    unit = torch.nn.functional.normalize if spherical else lambda x, dim: x
+    centroids, objectives = unit(centroids.double(), dim=1), []
+    for _ in range(niter):
+        distance, labels = distances(features, centroids).min(1)
+        objectives.append(float(distance.sum()))
+        means, counts = back_translate(labels, features, len(centroids))
+        assert (counts > 0).all(), "where an empty cluster goes is not a matter of Lloyd's algorithm"
+        centroids = unit(means, dim=1)
+    return centroids, objectives

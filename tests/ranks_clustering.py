@@ -5,12 +5,13 @@ from functools import partial
 import dense
 import pytest
 import torch
+import torch.distributed as dist
 from cases import assert_near, integers, unit
 from ranks import LOCAL, assert_same_on_every_rank, own_rows, raises_everywhere
 from text_encoder import CAPTIONS, TextEncoder
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, TeacherAdapter
-from protoclip_losses.clustering import clusterer as clusterer_module
+from protoclip_losses.clustering import faiss_engine
 
 SAMPLES, K = 60, 6
 STUDENTS = {"image": unit(SAMPLES, 4, 1, torch.float32), "text": unit(SAMPLES, 4, 2, torch.float32)}
@@ -18,17 +19,75 @@ TEACHER = unit(SAMPLES, 7, 3, torch.float32)
 
 
 def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
-    shares = [30, 1, 0, 25][:world_size]
-    x = unit(sum(shares), 4, 5, torch.float32)
-    x[3] = torch.nan  # on rank 0 alone
-    own = x[own_rows(rank, shares)]
-    clusters, whole = (EpisodicClusterer(K, max_dropped=0.1, **group).fit(rows) for rows, group in ((own, {}), (x, LOCAL)))
-    assert torch.equal(clusters.centroids, whole.centroids)
-    assert torch.equal(clusters.labels, whole.labels[own_rows(rank, shares)])
-    assert torch.equal(clusters.counts, whole.counts)
-    assert clusters.objective == pytest.approx(whole.objective)
-    assert clusters.dropped == 1
-    assert_same_on_every_rank(clusters.centroids, clusters.counts, torch.tensor(clusters.objective, dtype=torch.float64))
+    for backend, shares in ((b, s) for b in ("torch", "faiss") for s in ([30, 1, 0, 25], [15, 15, 15, 15], [0, 50, 3, 0])):
+        shares = [60] if world_size == 1 else shares[:world_size]
+        x = unit(sum(shares), 4, 5, torch.float32)
+        x[3] = torch.nan  # on one rank alone
+        own = x[own_rows(rank, shares)]
+        settings = {"backend": backend, "max_dropped": 0.1, "tol": 0}
+        clusters, whole = (EpisodicClusterer(K, **settings, **group).fit(rows) for rows, group in ((own, {}), (x, LOCAL)))
+        assert torch.allclose(clusters.centroids, whole.centroids, atol=1e-5)
+        assert torch.equal(clusters.labels, whole.labels[own_rows(rank, shares)])
+        assert torch.equal(clusters.counts, whole.counts)
+        assert clusters.objective == pytest.approx(whole.objective)
+        assert clusters.report.objectives == pytest.approx(whole.report.objectives)
+        assert clusters.dropped == 1
+        assert_same_on_every_rank(clusters.centroids, clusters.counts, torch.tensor(clusters.objective, dtype=torch.float64))
+        again = EpisodicClusterer(K, **settings).fit(own)
+        assert torch.equal(again.centroids, clusters.centroids)
+
+
+def a_start_and_empty_clusters_are_the_same_for_all(rank, world_size, folder):
+    """Four of six centroids begin as one: they are re-seeded with rows that lie on any rank."""
+    x = unit(40 * world_size, 4, 6, torch.float32)
+    init = x[[0, 0, 0, 0, 1, 2]]
+    clusters, whole = (
+        EpisodicClusterer(K, backend="torch", tol=0, **group).fit(rows, init=init)
+        for rows, group in ((x[40 * rank : 40 * rank + 40], {}), (x, LOCAL))
+    )
+    assert clusters.report.reseeded == whole.report.reseeded >= 3
+    assert torch.allclose(clusters.centroids, whole.centroids, atol=1e-5)
+
+
+def build_is_that_of_one_process(rank, world_size, folder):
+    """Whichever rank holds a sample: prototypes and labels are those of one process with all of them."""
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(8))
+    teachers = {"t": TeacherAdapter.from_tensor(TEACHER)}
+    built = []
+    for index, group in ((order.tensor_split([world_size, 40, 41])[rank], {}), (torch.arange(SAMPLES), LOCAL)):
+        if world_size < 4 and not group:
+            index = order[rank::world_size]
+        bank = FeatureBank(index, 4)
+        bank.update(index, STUDENTS["image"][index], STUDENTS["text"][index])
+        built.append(EpisodicClusterer(K, **group).build(bank, teachers))
+    for pair, term in built[1].terms.items():
+        assert torch.equal(built[0].terms[pair].labels, term.labels)
+        assert torch.allclose(built[0].terms[pair].teacher_centroids, term.teacher_centroids, atol=1e-5)
+        assert torch.allclose(built[0].terms[pair].prototypes, term.prototypes, atol=1e-5)
+        assert torch.equal(built[0].terms[pair].valid, term.valid)
+
+
+def rows_stay_on_their_rank(rank, world_size, folder):
+    """The PyTorch engine sends centroids and sums, whose number does not grow with the rows."""
+    sent = []
+    reals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "broadcast")}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            sent.append((args[1] if name == "all_gather" else args[0]).numel())
+            return reals[name](*args, **kwargs)
+
+        return call
+
+    for name in reals:
+        setattr(dist, name, counting(name))
+    try:
+        EpisodicClusterer(K, backend="torch").fit(unit(3000, 4, rank, torch.float32))
+    finally:
+        for name, real in reals.items():
+            setattr(dist, name, real)
+    if world_size > 1:
+        assert max(sent) <= (K + 1) * (4 + 1)
 
 
 def build_gives_every_rank_the_prototypes_of_all_rows(rank, world_size, folder):
@@ -62,8 +121,12 @@ def a_rank_without_samples_takes_part(rank, world_size, folder):
     has = rank < max(1, world_size - 1)
     index = torch.arange(rank, SAMPLES, max(1, world_size - 1)) if has else torch.arange(0)
     bank = FeatureBank(index, 4)
-    bank.update(index, STUDENTS["image"][index], STUDENTS["text"][index])
+    if has:
+        bank.update(index, STUDENTS["image"][index], STUDENTS["text"][index])
     prototypes = EpisodicClusterer(K).build(bank, [TeacherAdapter.from_tensor(TEACHER)])
+    none = FeatureBank(torch.arange(0), 4)
+    with pytest.raises(ValueError, match=r"bank must hold a sample on some rank|0 of 0 rows were never written"):
+        EpisodicClusterer(K).build(none)
     assert torch.equal(prototypes.index, torch.arange(SAMPLES))
     for term in prototypes.terms.values():
         assert_same_on_every_rank(term.prototypes, term.labels)
@@ -117,17 +180,17 @@ def too_many_bad_rows_on_one_rank_raise_on_all(rank, world_size, folder):
         EpisodicClusterer(100, max_dropped=0.4).fit(x)
 
 
-def an_error_in_kmeans_raises_on_all(rank, world_size, folder):
-    real = clusterer_module.kmeans
+def an_error_in_faiss_raises_on_all(rank, world_size, folder):
+    real = faiss_engine._train
 
     def failing(*args, **kwargs):
         raise MemoryError("no room")
 
-    clusterer_module.kmeans = failing
+    faiss_engine._train = failing
     try:
-        raises_everywhere(lambda: EpisodicClusterer(3).fit(unit(10, 4, rank)), 0, MemoryError, "no room")
+        raises_everywhere(lambda: EpisodicClusterer(3, backend="faiss").fit(unit(10, 4, rank)), 0, MemoryError, "no room")
     finally:
-        clusterer_module.kmeans = real
+        faiss_engine._train = real
     assert EpisodicClusterer(3).fit(unit(10, 4, rank)).counts.sum() == 10 * world_size
 
 
@@ -151,8 +214,11 @@ def one_rank_encodes_for_all(rank, world_size, folder):
 CASES = [
     bad_clustering_input_on_one_rank_raises_on_all,
     too_many_bad_rows_on_one_rank_raise_on_all,
-    an_error_in_kmeans_raises_on_all,
+    an_error_in_faiss_raises_on_all,
     fit_gives_every_rank_the_clustering_of_all_rows,
+    a_start_and_empty_clusters_are_the_same_for_all,
+    build_is_that_of_one_process,
+    rows_stay_on_their_rank,
     build_gives_every_rank_the_prototypes_of_all_rows,
     a_rank_without_samples_takes_part,
     rows_that_one_rank_lost_are_left_out,

@@ -30,3 +30,10 @@ def test_on(ranks, case):
 def test_ranks_that_differ_all_raise(mismatched_ranks, case):
     if problem := spawn.failure(case, *mismatched_ranks):
         pytest.fail(problem, pytrace=False)
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path):
+    spawn.run(["ranks_killed"], 3, tmp_path, time_limit=90)
+    said = [tmp_path / f"said.{rank}" for rank in range(3)]
+    assert [file.exists() for file in said] == [True, False, True], [(tmp_path / f"log.{r}").read_text() for r in (0, 2)]
+    assert all(float(file.read_text().split()[0]) < 75 for file in (said[0], said[2]))

@@ -2,5 +2,6 @@
 
 from .clusterer import Clusters, EpisodicClusterer
 from .prototypes import Prototypes, PrototypeTerm
+from .report import ClusteringReport, EpisodeReport
 
-__all__ = ["Clusters", "EpisodicClusterer", "PrototypeTerm", "Prototypes"]
+__all__ = ["ClusteringReport", "Clusters", "EpisodeReport", "EpisodicClusterer", "PrototypeTerm", "Prototypes"]

@@ -1,5 +1,6 @@
 """Episodic clustering: K-means of each teacher's features over one episode, then back translation into each student's space."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,17 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, active_group, agree, broadcast, gather_rows, rank, sum_over_ranks
+from ..distributed import Group, active_group, agree, gather_rows, rank, sum_over_ranks
 from ..episodes import FeatureBank
-from ..functional.back_translation import label_sums, means
 from .assign import assign
-from .faiss_engine import kmeans
-from .prototypes import Prototypes, PrototypeTerm
+from .engines import BACKENDS, ENGINES, choose
+from .episode import agreements, back_translated, clusterings, compare, first_occurrences, modalities, with_teachers
+from .prototypes import Prototypes
+from .report import ClusteringReport, EpisodeReport
+from .rows import Rows, finite_rows, wide
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
-
-BACKENDS = ("auto", "faiss")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Clusters:
         counts: (K,) int64, members of each cluster over all ranks; 0 where nobody is in it.
         objective: sum of squared distances to the assigned centroids, over all ranks.
         dropped: rows of all ranks that held NaN or Inf and were left out.
+        report: how it went.
     """
 
     centroids: Tensor
     labels: Tensor
     counts: Tensor
     objective: float
-    dropped: int = 0
+    dropped: int
+    report: ClusteringReport
 
 
 class EpisodicClusterer:
@@ -48,16 +51,24 @@ class EpisodicClusterer:
 
     Args:
         num_prototypes: number K of clusters; the paper has about 10 points per prototype.
-        niter: K-means iterations.
+        niter: K-means iterations, at most.
+        tol: ``"torch"`` stops at the iteration that lowers the objective by no more than this share of it; 0: when labels settle.
         nredo: K-means runs, the best one being kept.
-        backend: ``"faiss"``, or ``"auto"`` which is the same here: on CPU, or on the GPU that ``device`` names.
+        backend: ``"torch"``, on the features' own device and over all ranks; ``"faiss"``, which gathers all rows on one rank;
+            or ``"auto"``, which picks one and says in the report which and why.
         spherical: normalise centroids in each iteration. The paper does not.
         seed: of K-means; the same rows and the same seed give the same centroids.
-        device: where K-means runs; None is CPU.
+        device: where K-means runs; None is the features' own device for ``"torch"`` and the CPU for ``"faiss"``.
+        warm_start: :meth:`build` starts from the centroids of the build before, so that prototypes keep their numbers. The
+            paper does not.
         max_dropped: the share of rows with NaN or Inf above which :meth:`fit` raises; below it they are left out and counted.
         process_group: None for the default group, ``False`` for this process alone, or a group.
 
     Under torch.distributed each rank passes its own rows, and all get the same centroids.
+
+    Attributes:
+        report: an :class:`EpisodeReport` of the last :meth:`build`, or None.
+        previous: the :class:`Prototypes` that it returned, which the next one is compared with; saved by :meth:`state_dict`.
 
     Example:
         >>> import torch
@@ -75,11 +86,13 @@ class EpisodicClusterer:
         num_prototypes: int,
         *,
         niter: int = 20,
+        tol: float = 1e-3,
         nredo: int = 1,
         backend: str = "auto",
         spherical: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
+        warm_start: bool = False,
         max_dropped: float = 0.01,
         process_group: Group | bool | None = None,
     ) -> None:
@@ -87,33 +100,41 @@ class EpisodicClusterer:
         self.niter, self.nredo = check.positive_int("niter", niter), check.positive_int("nredo", nredo)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if not 0 <= tol < 1:
+            raise ValueError(f"tol must be a share in [0, 1), got {tol}")
         if not 0 <= max_dropped <= 1:
             raise ValueError(f"max_dropped must be a share in [0, 1], got {max_dropped}")
-        self.backend, self.spherical, self.seed = backend, spherical, seed
-        self.device = torch.device("cpu" if device is None else device)
-        self.max_dropped, self.process_group = max_dropped, process_group
+        self.backend, self.spherical, self.seed = backend, spherical, check.seed("seed", seed)
+        self.device = None if device is None else torch.device(device)
+        self.tol, self.warm_start, self.max_dropped, self.process_group = tol, warm_start, max_dropped, process_group
+        self.report: EpisodeReport | None = None
+        self.previous: Prototypes | None = None
 
-    def fit(self, features: Tensor) -> Clusters:
+    def fit(self, features: Tensor, *, init: Tensor | None = None) -> Clusters:
         """Cluster this rank's rows (N, D) together with those of all ranks.
+
+        Args:
+            features: (N, D), this rank's rows.
+            init: (K, D) centroids to start from, the same on every rank; None draws rows.
 
         Raises:
             TypeError: features that are not floating point.
-            ValueError: fewer finite rows than prototypes, more NaN or Inf than ``max_dropped`` allows.
-            RuntimeError: a GPU is asked for and the installed faiss has none.
+            ValueError: fewer finite rows than prototypes, more NaN or Inf than ``max_dropped`` allows, values that float32
+                cannot square.
+            RuntimeError: faiss is asked for a GPU and the installed one has none.
         """
-        return self._fit(features, None)
+        return self._fit(features, None, init)
 
-    def _fit(self, features: Tensor, index: Tensor | None) -> Clusters:
+    def _fit(self, features: Tensor, index: Tensor | None, init: Tensor | None) -> Clusters:
         """:meth:`fit`; rows with a sample index are taken in its order, whichever rank holds them."""
+        start = time.perf_counter()
         group = active_group(self.process_group)
-        _, sizes = agree(
-            lambda: check.matrix("features", features),
+        (finite, points), sizes = agree(
+            lambda: self._finite_points(features, init),
             group,
             len(features) if isinstance(features, Tensor) and features.dim() else 0,
-            same=lambda: (features.shape[1], features.dtype, self.num_prototypes),
+            same=lambda: (features.shape[1], features.dtype, self.num_prototypes, init is None),
         )
-        finite = torch.isfinite(features).all(1)
-        points = features.detach()[finite]
         _, kept_sizes = agree(lambda: None, group, len(points))
         total, kept = sum(sizes), sum(kept_sizes)
         if total - kept > self.max_dropped * total:
@@ -125,34 +146,62 @@ class EpisodicClusterer:
                 f"features must have at least as many finite rows as num_prototypes={self.num_prototypes}, got {kept}; "
                 "about 10 rows per prototype is usual"
             )
-        points_of_all = gather_rows(points, kept_sizes, group)
+        before = sum(kept_sizes[: rank(group)])
+        place = torch.arange(before, before + len(points), device=points.device)
         if index is not None:
-            points_of_all = points_of_all[gather_rows(index[finite], kept_sizes, group).argsort()]
-        centroids = self._centroids(points_of_all, group).to(features.device)
+            place = gather_rows(index[finite], kept_sizes, group).argsort().argsort()[place]
+        backend, reason = choose(self.backend, self.device or features.device)
+        device = self.device or (features.device if backend == "torch" else torch.device("cpu"))
+        if backend == "torch":
+            points, place = points.to(device), place.to(device)
+        run = ENGINES[backend](
+            Rows(points, place, kept_sizes, group),
+            self.num_prototypes,
+            niter=self.niter,
+            tol=self.tol,
+            nredo=self.nredo,
+            spherical=self.spherical,
+            seed=self.seed,
+            device=device,
+            init=init,
+        )
+        clustered = time.perf_counter()
+        nearest, distances = assign(points, run.centroids, run.labels)
+        counts = sum_over_ranks(torch.bincount(nearest, minlength=self.num_prototypes), group).to(features.device)
+        objective = float(sum_over_ranks(distances.to(wide(distances.device)).sum(), group))
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
-        labels[finite], distances = assign(points, centroids)
-        counts = sum_over_ranks(torch.bincount(labels[finite], minlength=self.num_prototypes), group)
-        objective = float(sum_over_ranks(distances.double().sum(), group))
-        return Clusters(centroids, labels, counts, objective, total - kept)
+        labels[finite] = nearest.to(features.device)
+        report = ClusteringReport(
+            backend=backend,
+            reason=reason,
+            objectives=run.objectives,
+            objective=objective,
+            imbalance=float((counts.float() / kept).square().sum() * self.num_prototypes),
+            empty=int((counts == 0).sum()),
+            reseeded=run.reseeded,
+            dropped=total - kept,
+            seconds={"kmeans": clustered - start, "assign": time.perf_counter() - clustered},
+        )
+        return Clusters(run.centroids.to(features.device), labels, counts, objective, total - kept, report)
 
-    def _centroids(self, points: Tensor, group: Group | None) -> Tensor:
-        """K-means on the group's first rank; the others wait for its centroids, or for its error."""
-        centroids = torch.zeros((self.num_prototypes, points.shape[1]))
-
-        def run() -> Tensor:
-            if rank(group) > 0:
-                return centroids
-            return kmeans(
-                points,
-                self.num_prototypes,
-                niter=self.niter,
-                nredo=self.nredo,
-                spherical=self.spherical,
-                seed=self.seed,
-                device=self.device,
+    def _finite_points(self, features: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which rows are finite, and those rows, which are the features themselves where all are."""
+        check.matrix("features", features)
+        if features.shape[1] == 0:
+            raise ValueError("features must have a width of at least 1, got 0")
+        if init is not None:
+            check.matrix(
+                "init", init, rows=self.num_prototypes, width=features.shape[1], of=" as num_prototypes and features say"
             )
-
-        return broadcast(agree(run, group)[0], group)
+            check.finite("init", init)
+        features = features.detach()
+        finite = finite_rows(features)
+        points = features if bool(finite.all()) else features[finite]
+        largest = max((abs(float(x)) for x in points.aminmax()), default=0.0) if len(points) else 0.0
+        if not largest < 1e18 / features.shape[1] ** 0.5:
+            raise ValueError(f"features must be small enough for float32 to hold their squared distances, got {largest:.3g}")
+        # Features of float64 are clustered in float32 like all others.
+        return finite, points.float() if points.dtype == torch.float64 else points
 
     def build(self, bank: FeatureBank, teachers: "Sequence[TeacherAdapter] | Mapping[str, TeacherAdapter]" = ()) -> Prototypes:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
@@ -169,57 +218,52 @@ class EpisodicClusterer:
             ValueError: bank rows never written, a teacher's name that is a modality, wrong numbers of rows, K > N.
             IndexError: a sample that a teacher does not have.
         """
+        start = time.perf_counter()
         group = active_group(self.process_group)
         external = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
-        sources, sizes = agree(
-            lambda: self._sources(bank, external),
+        features, sizes = modalities(bank, group)
+        sources, _ = agree(
+            lambda: with_teachers(features, bank.index, external),
             group,
-            len(bank.index) if isinstance(bank, FeatureBank) else 0,
-            same=lambda: ([(name, x.shape[1], x.dtype) for name, x in bank.features.items()], list(external)),
+            same=lambda: ([(name, x.shape[1], x.dtype) for name, x in features.items()], list(external)),
         )
-        everything = gather_rows(bank.index, sizes, group)
-        index, owned = _first_occurrences(everything, sizes, rank(group))
+        index, owned = first_occurrences(gather_rows(bank.index, sizes, group), sizes, rank(group))
         owned_sizes = agree(lambda: None, group, int(owned.sum()))[1]
-        owners = gather_rows(bank.index[owned], owned_sizes, group)
-        order = owners.argsort()
-        students = {name: sources[name][owned] for name in bank.modalities}
-        terms = {}
-        for teacher, features in sources.items():
-            clusters = self._fit(features[owned], bank.index[owned])
+        own_index = bank.index[owned]
+        if not bool(owned.all()):
+            sources = {name: x[owned] for name, x in sources.items()}
+        order = gather_rows(own_index, owned_sizes, group).argsort()
+        seconds = {"collect": time.perf_counter() - start, "back_translate": 0.0}
+        terms, reports = {}, {}
+        for teacher, source in sources.items():
+            clusters = self._fit(source, own_index, self._start(teacher, source.shape[1]))
+            reports[teacher] = clusters.report
+            start = time.perf_counter()
             labels = gather_rows(clusters.labels, owned_sizes, group)[order]
-            for student in students:
-                if student != teacher:
-                    terms[student, teacher] = self._term(students[student], clusters, labels, group)
-        return Prototypes(index, terms)
+            for student in (name for name in features if name != teacher):
+                terms[student, teacher] = back_translated(
+                    sources[student], clusters.labels, clusters.centroids, labels, clusters.counts > 0, group
+                )
+            seconds["back_translate"] += time.perf_counter() - start
+        prototypes = Prototypes(index, terms)
+        start = time.perf_counter()
+        drift, changed = ({}, {}) if self.previous is None else compare(prototypes, self.previous)
+        self.report = EpisodeReport(reports, agreements(prototypes), drift, changed, seconds)
+        seconds["compare"] = time.perf_counter() - start
+        self.previous = prototypes
+        return prototypes
 
-    def _sources(self, bank: FeatureBank, external: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Everything that is clustered, by name: the bank's modalities and the teachers' features of its samples."""
-        if not isinstance(bank, FeatureBank):
-            raise TypeError(f"bank must be a FeatureBank, got {type(bank).__name__}")
-        bank.require_complete()
-        sources = dict(bank.features)
-        for name, teacher in external.items():
-            if name in sources:
-                raise ValueError(f"teachers must not be named like a modality of the bank, got {name!r}")
-            rows = teacher[bank.index]
-            if rows.shape[0] != len(bank.index):
-                raise ValueError(f"teacher {name!r} must give {len(bank.index)} rows for as many indices, got {rows.shape[0]}")
-            sources[name] = rows.to(bank.index.device)
-        return sources
+    def _start(self, teacher: str, width: int) -> Tensor | None:
+        """The centroids of the build before, where it had such a clustering and a warm start is wanted."""
+        term = clusterings(self.previous).get(teacher) if self.warm_start and self.previous is not None else None
+        if term is None or term.teacher_centroids.shape != (self.num_prototypes, width):
+            return None
+        return term.teacher_centroids
 
-    def _term(self, student: Tensor, clusters: Clusters, labels: Tensor, group: Group | None) -> PrototypeTerm:
-        own = clusters.labels.where(torch.isfinite(student).all(1), -1)
-        sums, counts = label_sums(own, student, self.num_prototypes)
-        counts = sum_over_ranks(counts, group)
-        prototypes = means(sum_over_ranks(sums, group), counts)
-        return PrototypeTerm(prototypes, clusters.centroids, labels, (counts > 0) & (clusters.counts > 0))
+    def state_dict(self) -> dict[str, Any]:
+        """The last prototypes: what the next episode is compared with, and with ``warm_start`` begins from."""
+        return {"previous": None if self.previous is None else self.previous.state_dict()}
 
-
-def _first_occurrences(everything: Tensor, sizes: list[int], own_rank: int) -> tuple[Tensor, Tensor]:
-    """The episode's samples, sorted, and which of this rank's rows are the first to hold theirs."""
-    index, inverse = torch.unique(everything, return_inverse=True)
-    place = torch.arange(len(everything), device=everything.device)
-    first = torch.full_like(index, len(everything)).scatter_reduce_(0, inverse, place, "amin")
-    is_first = first[inverse] == place
-    start = sum(sizes[:own_rank])
-    return index, is_first[start : start + sizes[own_rank]]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the episode that was saved."""
+        self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])

@@ -1,0 +1,104 @@
+"""The steps of a build around K-means: what is clustered, whose a sample is, a term, the last episode beside it."""
+
+import json
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import Group, agree, gather_texts, sum_over_ranks
+from ..episodes import FeatureBank
+from ..functional.back_translation import means
+from .agreement import adjusted_agreement
+from .assign import assign
+from .prototypes import Prototypes, PrototypeTerm
+from .rows import finite_rows, sums_by_label
+
+
+def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], list[int]]:
+    """The bank's features, and the rows of each rank; an empty bank that no batch reached has those of the others, in no row."""
+
+    def complete() -> dict[str, Tensor]:
+        if not isinstance(bank, FeatureBank):
+            raise TypeError(f"bank must be a FeatureBank, got {type(bank).__name__}")
+        if len(bank.index) or group is None:
+            bank.require_complete()
+        return bank.features
+
+    features, sizes = agree(complete, group, len(bank.index) if isinstance(bank, FeatureBank) else 0)
+    kinds = json.dumps([(name, x.shape[1], str(x.dtype).removeprefix("torch.")) for name, x in features.items()])
+    everyones = [kind for kind in map(json.loads, gather_texts(kinds, group)) if kind]
+    if not everyones:
+        raise ValueError("bank must hold a sample on some rank, got none on any")
+    if not features:
+        device = bank.index.device
+        return {n: torch.empty((0, w), dtype=getattr(torch, d), device=device) for n, w, d in everyones[0]}, sizes
+    return dict(features), sizes
+
+
+def with_teachers(features: Mapping[str, Tensor], index: Tensor, teachers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Everything that is clustered, by name: the bank's modalities and the teachers' features of its samples."""
+    sources = dict(features)
+    for name, teacher in teachers.items():
+        if name in sources:
+            raise ValueError(f"teachers must not be named like a modality of the bank, got {name!r}")
+        rows = teacher[index]
+        if rows.shape[0] != len(index):
+            raise ValueError(f"teacher {name!r} must give {len(index)} rows for as many indices, got {rows.shape[0]}")
+        sources[name] = rows.to(index.device)
+    return sources
+
+
+def first_occurrences(everything: Tensor, sizes: list[int], own_rank: int) -> tuple[Tensor, Tensor]:
+    """The episode's samples, sorted, and which of this rank's rows are the first to hold theirs."""
+    index, inverse = torch.unique(everything, return_inverse=True)
+    place = torch.arange(len(everything), device=everything.device)
+    first = torch.full_like(index, len(everything)).scatter_reduce_(0, inverse, place, "amin")
+    is_first = first[inverse] == place
+    start = sum(sizes[:own_rank])
+    return index, is_first[start : start + sizes[own_rank]]
+
+
+def back_translated(
+    student: Tensor, own_labels: Tensor, centroids: Tensor, labels: Tensor, in_use: Tensor, group: Group | None
+) -> PrototypeTerm:
+    """The term of a student (n, D) and a teacher's clustering: labels of own rows (n,), of the episode (N,), clusters in use."""
+    own = own_labels.where(finite_rows(student), -1)
+    sums = sum_over_ranks(sums_by_label(own, student, len(centroids)), group)
+    counts = sums[:, -1].long()
+    prototypes = means(sums[:, :-1], counts).to(torch.promote_types(student.dtype, torch.float32))
+    return PrototypeTerm(prototypes, centroids, labels, (counts > 0) & in_use)
+
+
+def clusterings(prototypes: Prototypes) -> dict[str, PrototypeTerm]:
+    """A term of each teacher, for its clustering: it has the same one for every student."""
+    return {teacher: term for (_, teacher), term in prototypes.terms.items()}
+
+
+def agreements(prototypes: Prototypes) -> dict[tuple[str, str], tuple[float, float]]:
+    """Adjusted Rand index and adjusted mutual information of each two clusterings."""
+    named = clusterings(prototypes).items()
+    return {(a, b): adjusted_agreement(x.labels, y.labels) for (a, x), (b, y) in combinations(named, 2)}
+
+
+def compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict[str, float]]:
+    """Drift and share of changed labels of each clustering that both have; see :class:`EpisodeReport`."""
+    drift, changed = {}, {}
+    known = torch.isin(now.index, before.index.to(now.index.device))
+    place = before.positions(now.index[known].to(before.index.device), check_values=False)
+    old = clusterings(before)
+    for teacher, term in clusterings(now).items():
+        if teacher not in old or old[teacher].teacher_centroids.shape[1] != term.teacher_centroids.shape[1]:
+            continue
+        counted = torch.bincount(old[teacher].labels + 1, minlength=len(old[teacher].valid) + 1)[1:] > 0
+        numbers = counted.nonzero()[:, 0].to(term.labels.device)
+        nearest, distances = assign(term.teacher_centroids, old[teacher].teacher_centroids[counted])
+        in_use = torch.bincount(term.labels + 1, minlength=len(term.valid) + 1)[1:] > 0
+        drift[teacher] = float(distances[in_use].sqrt().mean())
+        labels, were = term.labels[known], old[teacher].labels[place].to(term.labels.device)
+        both = (labels >= 0) & (were >= 0)
+        if bool(both.any()):
+            changed[teacher] = float((numbers[nearest][labels[both]] != were[both]).double().mean())
+    return drift, changed
