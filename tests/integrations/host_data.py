@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import torch
+from pair_files import emoji_with_groups
 from PIL import Image
-
-from pair_files import emoji_with_groups  # isort: skip
-from encoders import WordHash  # isort: skip
 
 
 def write_csv(folder: Path, rows: int) -> Path:
@@ -20,20 +17,3 @@ def write_csv(folder: Path, rows: int) -> Path:
     table = folder / "pairs.csv"
     table.write_text("\n".join(lines) + "\n")
     return table
-
-
-class TensorPairs(torch.utils.data.Dataset):
-    """Pictures of 32 x 32 and word numbers, as the mappings that a Trainer's data set holds."""
-
-    def __init__(self, rows: int, vocabulary: int = 512, length: int = 12) -> None:
-        pairs, _ = emoji_with_groups()
-        tokenize = WordHash(vocabulary, length)
-        self.pictures = torch.nn.functional.interpolate(pairs.pictures[:rows].float() / 255, size=32, mode="area")
-        self.tokens = tokenize([pairs.captions[i] for i in range(rows)])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        mask = (self.tokens[i] != 0).long()
-        return {"pixel_values": self.pictures[i], "input_ids": self.tokens[i], "attention_mask": mask}
