@@ -1,14 +1,14 @@
 """Between a host's data set and the prototypes of an episode: sample indices and a bank of features."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Sampler
 
 from ..distributed import active_group, broadcast
-from ..episodes import FeatureBank
+from ..episodes import EpisodeSampler, FeatureBank
 
 
 class WithIndex(Dataset[Any]):
@@ -30,18 +30,30 @@ class WithIndex(Dataset[Any]):
         return (*item, number) if isinstance(item, (tuple, list)) else {**item, "index": number}
 
 
-def in_order(loader: Any, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
-    """A loader of the same data set and batch size that gives every ``world_size``-th sample once and drops none."""
-    shard = range(rank, len(loader.dataset), world_size)
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=shard,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-    )
+class EpisodeOrder(Sampler[int]):
+    """The order in which an epoch sees its samples: those of the episode with the epoch's number, this rank's share of them.
+
+    Hosts call :meth:`set_epoch` before each epoch. The order depends on nothing else, so that a resumed run keeps it.
+
+    Example:
+        >>> order = EpisodeOrder(EpisodeSampler(dataset_size=10, episode_size=4))
+        >>> order.set_epoch(1)
+        >>> list(order) == EpisodeSampler(10, 4).episode(1).index.tolist()
+        True
+    """
+
+    def __init__(self, episodes: EpisodeSampler, rank: int = 0, world_size: int = 1) -> None:
+        self.episodes, self.rank, self.world_size, self.epoch = episodes, rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to this episode."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.episodes.episode_size, self.world_size))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.episodes.episode(self.epoch).shard(self.rank, self.world_size).tolist())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Hugging Face transformers: a ``Trainer`` that trains a ``CLIPModel`` with ProtoLoss. An epoch is an episode."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ..clustering import EpisodicClusterer
-from ..episodes import Episode, EpisodeSampler
+from ..episodes import EpisodeSampler
 from ..losses import ProtoLoss
 from ..teachers import TeacherAdapter
 from . import require
-from .extraction import WithIndex, extract
+from .extraction import EpisodeOrder, WithIndex, extract
 from .heads import ProjectionHeads
 
 require("transformers", "transformers")
@@ -99,11 +99,10 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         if not hasattr(train_dataset, "__len__"):
             raise TypeError(f"train_dataset must have a length and be read by number, got {type(train_dataset).__name__}")
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = EpisodeSampler(len(train_dataset), episode_size or len(train_dataset), seed=seed)
-        number = num_prototypes or max(1, self.sampler.episode_size // 10)
+        self.order = EpisodeOrder(EpisodeSampler(len(train_dataset), episode_size or len(train_dataset), seed=seed))
+        number = num_prototypes or max(1, len(self.order) // 10)
         self.clusterer = clusterer or EpisodicClusterer(number, seed=seed)
         self.loss, self.teachers, self.warmup_epochs = loss or ProtoLoss(), teachers or {}, warmup_epochs
-        self.episode: Episode = self.sampler.episode(0)
         self.is_restored = False
         if not hasattr(model, "proto"):
             add_heads(model, **(heads or {}))
@@ -114,16 +113,15 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
 
     def start_epoch(self, number: int, is_resumed: bool) -> None:
         """Draw the episode and set its prototypes; those of an epoch that is gone on with are the ones that were saved."""
-        self.episode = self.sampler.episode(number)
+        self.order.set_epoch(number)
         if number < self.warmup_epochs:
             self.loss.set_prototypes(None)
         elif not (is_resumed and self.is_restored):
-            own = self.episode.shard(self.args.process_index, self.args.world_size)
+            own = EpisodeOrder(self.order.episodes, self.args.process_index, self.args.world_size)
+            own.set_epoch(number)
             collate = self._get_collator_with_removed_columns(self.data_collator)
             workers = self.args.dataloader_num_workers
-            batches = DataLoader(
-                self.train_dataset, self._train_batch_size, sampler=own.tolist(), collate_fn=collate, num_workers=workers
-            )
+            batches = DataLoader(self.train_dataset, self._train_batch_size, sampler=own, collate_fn=collate, num_workers=workers)
             self.loss.set_prototypes(self.clusterer.build(extract(self.model, batches, self._project), self.teachers))
 
     def _project(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +141,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return _EpisodeOrder(self)
+        return self.order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model, and the prototypes beside it, so that an epoch can be gone on with."""
@@ -186,14 +184,3 @@ class _CollateIndex:
         index = torch.tensor([item["index"] for item in items])
         batch = self.collate([{name: x for name, x in item.items() if name != "index"} for item in items])
         return {**batch, "index": index}
-
-
-class _EpisodeOrder(Sampler[int]):
-    def __init__(self, trainer: ProtoCLIPTrainer) -> None:
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        return self.trainer.sampler.episode_size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.trainer.episode.index.tolist())
