@@ -44,9 +44,7 @@ def grad_cache(model: nn.Module, loss_fn: ProtoLoss, batches: Sequence[Batch]) -
         torch.autograd.backward([out[name] for name in names], gradients)
 
 
-def with_another_pair_loss(
-    model: nn.Module, pair_loss: Callable[..., Tensor], prototype_loss: ProtoLoss, batch: Batch
-) -> None:
+def with_another_pair_loss(model: nn.Module, pair_loss: Callable[..., Tensor], prototype_loss: ProtoLoss, batch: Batch) -> None:
     """``prototype_loss = ProtoLoss(w_clip=0.0)`` has the prototype terms alone; the pair loss is your own."""
     index, images, texts = batch
     out = model(images, texts)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..clustering import EpisodicClusterer
+from ..clustering import EpisodicClusterer, Prototypes
 from ..losses import ProtoLoss
 from ..teachers import TeacherAdapter
 from . import require
@@ -17,7 +17,7 @@ from lightning.pytorch import Callback  # noqa: E402
 
 
 class ProtoCLIPCallback(Callback):  # type: ignore[misc]
-    """Extraction, clustering and back translation at the start of each epoch; the clamp of the scale after each batch.
+    """Extraction, clustering and back translation before the first batch of each epoch; the clamp of the scale after each batch.
 
     The LightningModule holds a :class:`~protoclip_losses.ProtoLoss` as ``self.loss``, which saves the prototypes with the rest of
     the module, and has a method ``project(batch)`` that returns the sample indices (n,) and the projected image and text
@@ -44,6 +44,15 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
     ) -> None:
         self.num_prototypes, self.warmup_epochs, self.clusterer = num_prototypes, warmup_epochs, clusterer
         self.teachers = teachers or {}
+        self.epoch = -1  # whose prototypes are set
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch whose prototypes the loss holds."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on with that epoch's prototypes, which the loss's own state holds."""
+        self.epoch = state_dict["epoch"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check, before anything runs, that the module has what is asked of it."""
@@ -54,11 +63,14 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
         if not callable(getattr(pl_module, "project", None)):
             raise TypeError(f"{type(pl_module).__name__} must have a method project(batch) that returns index, image, text")
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the epoch's prototypes."""
-        if trainer.current_epoch < self.warmup_epochs:
-            pl_module.loss.set_prototypes(None)
-            return
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the epoch's prototypes, if they are not. Lightning calls on_train_epoch_start of resumed runs not always."""
+        if self.epoch != trainer.current_epoch:
+            self.epoch = trainer.current_epoch
+            pl_module.loss.set_prototypes(None if self.epoch < self.warmup_epochs else self.build(trainer, pl_module))
+
+    def build(self, trainer: Any, pl_module: Any) -> Prototypes:
+        """Extract, cluster and back-translate the epoch's samples."""
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader):
             raise TypeError(f"the Trainer must have one training DataLoader, got {type(loader).__name__}")
@@ -74,7 +86,7 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
 
         bank = extract(pl_module, batches, project)
         number = self.num_prototypes or max(1, len(bank.index) * trainer.world_size // 10)
-        pl_module.loss.set_prototypes((self.clusterer or EpisodicClusterer(number)).build(bank, self.teachers))
+        return (self.clusterer or EpisodicClusterer(number)).build(bank, self.teachers)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Keep the scale of the prototype terms where CLIP keeps its own."""

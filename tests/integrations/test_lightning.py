@@ -67,7 +67,7 @@ def test_the_first_epoch_is_warm_up_and_the_next_has_prototypes(tmp_path, pairs,
 
 @pytest.mark.parametrize("step", [8, 10], ids=["between epochs", "within an epoch"])
 def test_a_checkpoint_of_the_trainer_holds_the_prototypes(tmp_path, pairs, step):
-    model, calls = fit(tmp_path / "whole", pairs, ProtoCLIPCallback(4), epochs=3)
+    model, calls = fit(tmp_path / "whole", pairs, Counting(4), epochs=3)
     rest, more = fit(tmp_path / "rest", pairs, Counting(4), epochs=3, resume=tmp_path / "whole" / f"step={step}.ckpt")
     saved = torch.load(tmp_path / "whole" / f"step={step}.ckpt", weights_only=True)["state_dict"]["loss._extra_state"]
     assert len(saved["prototypes"]["index"]) == ROWS
@@ -85,9 +85,9 @@ def test_a_checkpoint_of_the_trainer_holds_the_prototypes(tmp_path, pairs, step)
 class Counting(ProtoCLIPCallback):
     builds = 0
 
-    def on_train_epoch_start(self, trainer, module):
+    def build(self, trainer, module):
         self.builds += 1
-        super().on_train_epoch_start(trainer, module)
+        return super().build(trainer, module)
 
 
 def test_episodes_smaller_than_the_data_with_a_teacher(tmp_path, pairs):
@@ -119,7 +119,7 @@ def test_the_scale_is_clamped_after_a_batch(tmp_path, pairs):
     model = Clip()
     model.proto.logit_scale_proto.data.fill_(7.0)
     fit(tmp_path, pairs, ProtoCLIPCallback(4), epochs=1, model=model)
-    assert float(model.proto.logit_scale_proto.detach().exp()) == pytest.approx(100)
+    assert 99 < float(model.proto.logit_scale_proto.detach().exp()) < 100.001
 
 
 def test_a_module_that_lacks_what_is_asked_of_it_is_an_error(tmp_path, pairs):

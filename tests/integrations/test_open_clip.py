@@ -1,8 +1,11 @@
 """open_clip's own trainer on real pictures: what it does unmodified, and what it does with ProtoLoss in its loss's place."""
 
-import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +14,19 @@ import torch
 pytest.importorskip("open_clip")
 pytest.importorskip("pandas")  # open_clip's training code needs more than open_clip does
 import open_clip
+import spawn
 from cases import assert_near
 from host_data import write_csv
+from open_clip_step import add_tiny_model, one_step, triples
 from open_clip_train import main as host
-from open_clip_train.data import DataInfo
 from open_clip_train.params import parse_args
 from pair_files import emoji_with_groups, write_shards
 
 from protoclip_losses import ProtoLoss
 from protoclip_losses.integrations.open_clip import Launcher, add_heads, main, parse_arguments
-from protoclip_losses.integrations.open_clip_data import IndexedBatches
 
+COMMAND = Path(__file__).parents[2] / "examples" / "host_open_clip.sh"
 ROWS, BATCH = 48, 16
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 HEADS = ["--proto-head-dim", "8", "--proto-head-hidden-dim", "16"]
 # What makes a run depend on nothing but the order of its samples: no random crop.
 STILL = ["--aug-cfg", "scale=(1.0, 1.0)"]
@@ -35,9 +34,7 @@ STILL = ["--aug-cfg", "scale=(1.0, 1.0)"]
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("configs")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder)
+    add_tiny_model(tmp_path_factory.mktemp("configs"))
 
 
 @pytest.fixture(scope="module")
@@ -230,40 +227,60 @@ def test_extraction_sees_every_row_of_a_table_and_training_knows_their_numbers(t
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     """But for open_clip's own scale, which gets one gradient per call of the loss, as it does without us."""
-    one, two = ({n: p.grad for n, p in one_step(tmp_path, accum_freq).named_parameters()} for accum_freq in (1, 2))
+    one, two = ({n: p.grad for n, p in one_step(tmp_path, triples(16), accum_freq).named_parameters()} for accum_freq in (1, 2))
     for name in one:
         wanted = 2 * one[name] if name == "logit_scale" else one[name]
         assert_near(two[name], wanted, 1e-5)
         assert wanted.norm() > 0 or name == "token_embedding.weight", name
 
 
-def one_step(folder, accum_freq, rows=16, log_scale=2.0):
-    """The model, with its gradients, after one step of open_clip's loop over ``rows`` samples at learning rate 0."""
-    torch.manual_seed(0)
-    model = add_heads(open_clip.create_model("tiny"), 8, 16, "layer")
-    model.proto.logit_scale_proto.data.fill_(log_scale)
-    pairs, _ = emoji_with_groups()
-    pictures = torch.nn.functional.interpolate(pairs.pictures[:rows].float() / 255, size=32, mode="area")
-    tokens = open_clip.get_tokenizer("tiny")([pairs.captions[i] for i in range(rows)])
-    triples = torch.utils.data.TensorDataset(pictures, tokens, torch.arange(rows))
-    loader = torch.utils.data.DataLoader(triples, batch_size=rows // accum_freq)
-    loader.num_batches, loader.num_samples = accum_freq, rows
-    options, rest = parse_arguments(
-        arguments(
-            folder, "run", "--proto-warmup-epochs", 0, "--proto-num-prototypes", 4, "--accum-freq", accum_freq, "--epochs", 1
-        )
+def test_the_command_of_the_documentation(tmp_path, shards):
+    environment = {
+        **os.environ,
+        "SHARDS": shards[0],
+        "SAMPLES": "64",
+        "MODEL": "ViT-S-32-alt",
+        "BATCH": "16",
+        "OMP_NUM_THREADS": "2",
+    }
+    small = [
+        "--workers",
+        "1",
+        "--force-image-size",
+        "32",
+        "--logs",
+        tmp_path,
+        "--name",
+        "run",
+        "--device",
+        "cpu",
+        "--proto-num-prototypes",
+        "4",
+    ]
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(
+        ["bash", COMMAND, *map(str, small)], capture_output=True, text=True, timeout=250, env={**environment, "PATH": path}
     )
-    args = parse_args([*rest, "--skip-scheduler"])
-    args.distill, args.rank, args.world_size, args.horovod, args.wandb = False, 0, 1, False, False
-    launcher = Launcher(options)
-    data = {"train": DataInfo(IndexedBatches(loader, loader, loader, accum_freq))}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    launcher.train_one_epoch(model, data, launcher.create_loss(args), 0, optimizer, None, None, None, args)
-    return model
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = logged(tmp_path, "run", "Proto_loss")
+    assert losses[0] == 0
+    assert losses[-1] > 0.1
+    assert "proto.text.0.weight" in checkpoint(tmp_path, "run", 2)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return spawn.run(["integrations.ranks_open_clip"], 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", ["a_step_of_two_processes_is_that_of_one"])
+def test_on(ranks, case):
+    if problem := spawn.failure(case, *ranks):
+        pytest.fail(problem, pytrace=False)
 
 
 def test_the_scale_is_clamped_after_each_step(tmp_path):
-    model = one_step(tmp_path, 1, log_scale=7.0)
+    model = one_step(tmp_path, triples(16), log_scale=7.0)
     assert float(model.proto.logit_scale_proto.detach()) == np.float32(np.log(100))
 
 

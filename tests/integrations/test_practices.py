@@ -67,20 +67,24 @@ def assert_same_gradients(one, other):
 def test_grad_cache_is_the_whole_batch(setting):
     batch = setting[1]
     loss = loss_of(setting)
-    assert_same_gradients(gradients(setting, lambda m: grad_cache(m, loss, in_parts(batch))), gradients(setting, plain(loss, batch)))
+    assert_same_gradients(
+        gradients(setting, lambda m: grad_cache(m, loss, in_parts(batch))), gradients(setting, plain(loss, batch))
+    )
 
 
 def test_accumulation_is_the_whole_batch_for_prototype_terms_alone(setting):
     parts = list(zip(*(x.split(8) for x in setting[1]), strict=True))
     for w_clip, same in ((0.0, True), (1.0, False)):
         loss = loss_of(setting, w_clip=w_clip)
-        one = gradients(setting, lambda m, loss=loss: accumulate(m, loss, parts))["proto.image.0.weight" if same else "image.project.weight"]
+        one = gradients(setting, lambda m, loss=loss: accumulate(m, loss, parts))[
+            "proto.image.0.weight" if same else "image.project.weight"
+        ]
         whole = gradients(setting, plain(loss, setting[1]))["proto.image.0.weight" if same else "image.project.weight"]
         assert ((one - whole).norm() < 1e-6 * whole.norm()) == same
 
 
 def test_another_pair_loss(setting):
-    index, images, texts = setting[1]
+    _, images, texts = setting[1]
     got = gradients(setting, lambda m: with_another_pair_loss(m, sigmoid_loss, loss_of(setting, w_clip=0.0), setting[1]))
     terms = gradients(setting, plain(loss_of(setting, w_clip=0.0), setting[1]))
 
@@ -108,8 +112,8 @@ def test_a_locked_tower(setting):
 
 
 def test_a_loop_of_ones_own(capsys):
-    losses = train(rows=200, num_episodes=3)
-    assert len(losses) == 12
+    losses = train(rows=128, num_episodes=3)
+    assert len(losses) == 6
     assert losses[-1] < losses[0] / 1.2
     assert capsys.readouterr().out.count("episode") == 3
 
@@ -119,7 +123,7 @@ def ranks(tmp_path_factory):
     return spawn.run(["integrations.ranks_fsdp"], 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="FSDP2 has a public name since torch 2.6")
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 has its public name since torch 2.6")
 @pytest.mark.parametrize("case", [case.__name__ for case in ranks_fsdp.CASES])
 def test_on(ranks, case):
     if problem := spawn.failure(case, *ranks):

@@ -15,7 +15,12 @@ B, K, D, WIDE = 12, 7, 5, 9
 def call(loss, h, P, C, s, temperature, a):
     """As ``train.py`` calls it."""
     return loss(
-        student_features=h, student_centroids=P, teacher_centroids=C, logit_scale_student=s, teacher_temperature=temperature, labels=a
+        student_features=h,
+        student_centroids=P,
+        teacher_centroids=C,
+        logit_scale_student=s,
+        teacher_temperature=temperature,
+        labels=a,
     )
 
 
