@@ -1,16 +1,11 @@
 """open_clip's own loop on a DDP model: extraction, clustering and a step over two processes."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from cases import assert_near
+from integrations.open_clip_step import add_tiny_model, one_step, triples
 from ranks import own_rows
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
-from open_clip_step import add_tiny_model, one_step, triples
 
 SHARES = [7, 9]
 
