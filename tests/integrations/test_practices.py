@@ -114,7 +114,7 @@ def test_a_locked_tower(setting):
 def test_a_loop_of_ones_own(capsys):
     losses = train(rows=128, num_episodes=3)
     assert len(losses) == 6
-    assert losses[-1] < losses[0] / 1.2
+    assert sum(losses[-2:]) < sum(losses[:2])
     assert capsys.readouterr().out.count("episode") == 3
 
 
