@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 HOSTS = ("own_loop", "open_clip", "transformers", "lightning")
 
 
-def build(host: str) -> tuple[nn.Module, nn.Module, Any, Any]:
+def build(host: str) -> tuple[Any, Any, Any, Any]:
     """(plain model, model with heads, the plain loss of a batch, the arguments of ProtoLoss for a batch)."""
     torch.manual_seed(0)
     if host == "open_clip":
@@ -53,15 +53,16 @@ def build(host: str) -> tuple[nn.Module, nn.Module, Any, Any]:
     from protoclip_losses import InfoNCE
 
     if host == "lightning":
-        from host_lightning import Clip as Module
+        from host_lightning import Clip
 
+        plain = Clip()  # type: ignore[no-untyped-call]
         forward = lambda m, b: m({"pixel_values": b[0], "input_ids": b[1]})  # noqa: E731
     else:
-        from host_own_loop import Clip as Module  # type: ignore[assignment]
+        from host_own_loop import Clip as Plain
 
+        plain = Plain()
         forward = lambda m, b: m(*b)  # noqa: E731
-    plain, own = Module(), InfoNCE()
-    headed = copy.deepcopy(plain)
+    own, headed = InfoNCE(), copy.deepcopy(plain)
     plain.proto = _NoHeads()
     return plain, headed, lambda m, b: own(**forward(m, b)), forward
 
