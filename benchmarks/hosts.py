@@ -52,10 +52,12 @@ def build(host: str) -> tuple[Any, Any, Any, Any]:
         )
     from protoclip_losses import InfoNCE
 
+    forward: Any
+
     if host == "lightning":
         from host_lightning import Clip
 
-        plain = Clip()  # type: ignore[no-untyped-call]
+        plain = Clip()
         forward = lambda m, b: m({"pixel_values": b[0], "input_ids": b[1]})  # noqa: E731
     else:
         from host_own_loop import Clip as Plain

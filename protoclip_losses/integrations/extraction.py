@@ -15,6 +15,7 @@ class WithIndex(Dataset[Any]):
     """A map-style data set whose items carry their place in it: under ``"index"`` in a mapping, last in a tuple or list.
 
     Example:
+        >>> from protoclip_losses.integrations.extraction import WithIndex
         >>> WithIndex([("cat.jpg", "a cat"), ("dog.jpg", "a dog")])[1]
         ('dog.jpg', 'a dog', 1)
     """
@@ -36,6 +37,8 @@ class EpisodeOrder(Sampler[int]):
     Hosts call :meth:`set_epoch` before each epoch. The order depends on nothing else, so that a resumed run keeps it.
 
     Example:
+        >>> from protoclip_losses import EpisodeSampler
+        >>> from protoclip_losses.integrations.extraction import EpisodeOrder
         >>> order = EpisodeOrder(EpisodeSampler(dataset_size=10, episode_size=4))
         >>> order.set_epoch(1)
         >>> list(order) == EpisodeSampler(10, 4).episode(1).index.tolist()

@@ -25,6 +25,7 @@ class ProjectionHeads(nn.Module):
 
     Example:
         >>> import torch
+        >>> from protoclip_losses.integrations.heads import ProjectionHeads
         >>> heads = ProjectionHeads(in_dim=8, out_dim=4, hidden_dim=16, norm="layer")
         >>> {name: tuple(x.shape) for name, x in heads(torch.randn(3, 8), torch.randn(3, 8)).items()}
         {'image_features_projected': (3, 4), 'text_features_projected': (3, 4), 'logit_scale_proto': (1,)}

@@ -41,6 +41,7 @@ class ClipLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from protoclip_losses.integrations.protoclip import ClipLoss
         >>> ClipLoss(local_loss=True, rank=1, world_size=4)(torch.eye(2), torch.eye(2), 1.0)
         tensor(0.3133)
     """
@@ -65,6 +66,7 @@ class ProtoLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from protoclip_losses.integrations.protoclip import ProtoLoss
         >>> prototypes = torch.eye(3)
         >>> ProtoLoss()(
         ...     student_features=prototypes[:2], student_centroids=prototypes, teacher_centroids=prototypes,
