@@ -35,6 +35,7 @@ html_show_sphinx = False
 viewcode_line_numbers = True
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_mock_imports = ["lightning", "transformers"]  # the pages of the hosts are built where no host is installed
 autodoc_inherit_docstrings = False  # torch.nn.Module's docstrings would appear under methods that we override
 autodoc_typehints = "signature"
 maximum_signature_line_length = 110

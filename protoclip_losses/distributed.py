@@ -105,6 +105,24 @@ def gather_texts(text: str, group: Group | None) -> list[str]:
     return [bytes(part.tolist()).decode() for part in torch.split(gather_rows(data, sizes, group), sizes)]
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return gather_rows(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        start = sum(ctx.sizes[: rank(ctx.group)])
+        return sum_over_ranks(grad, ctx.group)[start : start + ctx.sizes[rank(ctx.group)]], None, None
+
+
+def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """:func:`gather_rows`, differentiable: the gradients of all ranks flow back to the owner of a row."""
+    gathered: Tensor = _GatherRows.apply(x, sizes, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
 def in_step(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
     """The batches, as long as every rank has one: ranks with unequal numbers of them stop together, and none waits for another.
 

@@ -1,0 +1,127 @@
+"""Time and memory of a host's training step with ProtoLoss, over the same host's step without it.
+
+    python benchmarks/hosts.py --host own_loop       # or open_clip, transformers, lightning
+    python benchmarks/hosts.py --host open_clip --batch 64 --prototypes 2000
+
+Both steps run in one process, A B A B: the same small model and batch; a step is forward, loss, backward and AdamW. Without:
+the host's own loss, no heads. With: heads and prototype terms of an episode that was clustered before. Memory is the rise of
+the process's peak during one step, each in a process of its own.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Call, in_new_process, interleaved, machine, peak_extra_bytes, ratio
+from torch import Tensor, nn
+
+from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+HOSTS = ("own_loop", "open_clip", "transformers", "lightning")
+
+
+def build(host: str) -> tuple[Any, Any, Any, Any]:
+    """(plain model, model with heads, the plain loss of a batch, the arguments of ProtoLoss for a batch)."""
+    torch.manual_seed(0)
+    if host == "open_clip":
+        import open_clip
+
+        from protoclip_losses.integrations.open_clip import add_heads
+
+        plain = open_clip.create_model("ViT-S-32-alt", output_dict=True, force_image_size=64)
+        own = open_clip.ClipLoss()
+        return plain, add_heads(copy.deepcopy(plain)), lambda m, b: own(**m(*b)), lambda m, b: m(*b)
+    if host == "transformers":
+        from host_transformers import small_model
+
+        from protoclip_losses.integrations.transformers import add_heads as add
+
+        model = small_model()
+        names = ("pixel_values", "input_ids")
+        return (
+            model,
+            add(copy.deepcopy(model)),
+            lambda m, b: m(**dict(zip(names, b, strict=True)), return_loss=True).loss,
+            lambda m, b: m(**dict(zip(names, b, strict=True))),
+        )
+    from protoclip_losses import InfoNCE
+
+    forward: Any
+
+    if host == "lightning":
+        from host_lightning import Clip
+
+        plain = Clip()
+        forward = lambda m, b: m({"pixel_values": b[0], "input_ids": b[1]})  # noqa: E731
+    else:
+        from host_own_loop import Clip as Plain
+
+        plain = Plain()
+        forward = lambda m, b: m(*b)  # noqa: E731
+    own, headed = InfoNCE(), copy.deepcopy(plain)
+    plain.proto = _NoHeads()
+    return plain, headed, lambda m, b: own(**forward(m, b)), forward
+
+
+class _NoHeads(nn.Module):
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def steps(host: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
+    """One optimizer step of each kind."""
+    plain, headed, plain_loss, arguments = build(host)
+    side, length, words = (64, 77, 49000) if host == "open_clip" else (32, 12, 1000)
+    data = torch.randn(batch, 3, side, side), torch.randint(1, words, (batch, length))
+    headed.train(), plain.train()
+    width = arguments(headed, data)["image_features_projected"].shape[1]
+    h = [nn.functional.normalize(torch.randn(rows, width), dim=1) for _ in range(2)]
+    bank = FeatureBank(torch.arange(rows), width)
+    bank.update(bank.index, *h)
+    proto = ProtoLoss()
+    proto.set_prototypes(EpisodicClusterer(prototypes, niter=2).build(bank))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (plain, headed)]
+    index = torch.arange(batch)
+
+    def step(loss: Any, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return {
+        "without": lambda: step(plain_loss(plain, data), optimizers[0]),
+        "with": lambda: step(proto(**arguments(headed, data), index=index), optimizers[1]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", choices=HOSTS, required=True)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--prototypes", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=20_000, help="samples of the episode")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory-of", choices=("with", "without"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    calls = steps(args.host, args.batch, args.prototypes, args.rows)
+    if args.memory_of:
+        calls[args.memory_of]()  # optimizer state and thread pools are there before the first counted step
+        print(json.dumps({"bytes": peak_extra_bytes(calls[args.memory_of])}))
+        return
+    print(machine("cpu"))
+    times = interleaved(calls, repeats=args.repeats)
+    sizes = ("--batch", args.batch, "--prototypes", args.prototypes, "--rows", args.rows)
+    for name, ms in times.items():
+        memory = in_new_process(__file__, "--host", args.host, *map(str, sizes), "--memory-of", name)["bytes"] / 2**20
+        print(f"{args.host} {name}: median {statistics.median(ms):.0f} ms, {memory:.0f} MB")
+    print(f"{args.host} with / without: {ratio(times, 'with', 'without')}")
+
+
+if __name__ == "__main__":
+    main()

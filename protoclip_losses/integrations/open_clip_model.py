@@ -1,0 +1,73 @@
+"""What open_clip's model and its loss become: heads beside the towers, and ProtoLoss behind open_clip's way to call a loss."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import ProtoLoss
+from . import require
+from .heads import ProjectionHeads
+from .open_clip_data import IndexedBatches
+
+
+class _Projected:
+    """Goes before CLIP or CustomTextCLIP among a model's classes: the same forward, and the heads' outputs."""
+
+    def forward(self: Any, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
+        z = [None if image is None else self.encode_image(image), None if text is None else self.encode_text(text)]
+        unit = [None if x is None else F.normalize(x, dim=-1) for x in z]
+        out = {"image_features": unit[0], "text_features": unit[1], "logit_scale": self.logit_scale.exp()}
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        if z[0] is not None and z[1] is not None:
+            out |= self.proto(*z)
+        return out
+
+
+def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "batch") -> Any:
+    """Give an open_clip model :class:`~protoclip_losses.integrations.heads.ProjectionHeads` as ``model.proto``.
+
+    Its forward then also returns what :class:`~protoclip_losses.ProtoLoss` takes, always as a dict. The model stays an instance
+    of its class, with every attribute it had; ``state_dict()`` gains the entries under ``proto``.
+    """
+    open_clip = require("open_clip", "open_clip")
+    if type(model) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
+        raise TypeError(f"model must be open_clip's CLIP or CustomTextCLIP, got {type(model).__name__}")
+    weight = next(model.parameters())
+    with torch.no_grad():
+        width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.int64, device=weight.device)).shape[1]
+    model.proto = ProjectionHeads(width, dim, hidden_dim, norm).to(weight.device)
+    model.__class__ = type(type(model).__name__, (_Projected, type(model)), {})
+    return model
+
+
+class OpenClipLoss(nn.Module):
+    """ProtoLoss as open_clip's loop calls a loss: with the model's outputs by name, and no index.
+
+    Args:
+        proto: the objective; of weight ``w_clip=0`` if ``pair`` is given.
+        pair: open_clip's own loss, if it is to stay.
+    """
+
+    def __init__(self, proto: ProtoLoss, pair: nn.Module | None = None) -> None:
+        super().__init__()
+        self.proto, self.pair = proto, pair
+        self.batches: IndexedBatches | None = None  # set for an epoch that has prototypes of an episode
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = True, **outputs: Any
+    ) -> dict[str, Tensor]:
+        """The parts of the loss, each already weighted."""
+        scale = outputs.pop("logit_scale_proto").mean()  # under --accum-freq one entry per batch, all equal
+        index = None if self.batches is None else self.batches.index().to(image_features.device)
+        features = (image_features, text_features, logit_scale)
+        parts: Any = self.proto(*features, logit_scale_proto=scale, index=index, output_dict=True, **outputs)
+        if self.pair is not None:
+            bias = {"logit_bias": outputs["logit_bias"]} if "logit_bias" in outputs else {}
+            parts["contrastive_loss"] = (
+                parts["contrastive_loss"] + self.pair(*features, output_dict=True, **bias)["contrastive_loss"]
+            )
+        result: dict[str, Tensor] = parts
+        return result

@@ -1,0 +1,186 @@
+"""Hugging Face transformers: a ``Trainer`` that trains a ``CLIPModel`` with ProtoLoss. An epoch is an episode."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ..clustering import EpisodicClusterer
+from ..episodes import EpisodeSampler
+from ..losses import ProtoLoss
+from ..teachers import TeacherAdapter
+from . import require
+from .extraction import EpisodeOrder, WithIndex, extract
+from .heads import ProjectionHeads
+
+require("transformers", "transformers")
+from transformers import CLIPModel, Trainer, TrainerCallback  # noqa: E402
+
+STATE_FILE = "proto_loss.pt"
+
+
+class _Projected:
+    """Goes before CLIPModel among a model's classes. In training, forward returns what ProtoLoss takes and builds no logits."""
+
+    def features(self: Any, pixel_values: Any, input_ids: Any, attention_mask: Any, position_ids: Any) -> dict[str, Tensor]:
+        image = self.get_image_features(pixel_values).pooler_output
+        text = self.get_text_features(input_ids, attention_mask, position_ids).pooler_output
+        unit = {"image_features": F.normalize(image, dim=-1), "text_features": F.normalize(text, dim=-1)}
+        return {**unit, "logit_scale": self.logit_scale.exp(), **self.proto(image, text)}
+
+    # Trainer drops the columns that are not named here: `index` has to be.
+    def forward(
+        self: Any,
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        index: Any = None,
+        **others: Any,
+    ) -> Any:
+        if self.training:
+            return self.features(pixel_values, input_ids, attention_mask, position_ids)
+        return super().forward(input_ids, pixel_values, attention_mask, position_ids, **others)  # type: ignore[misc]
+
+
+def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "batch") -> Any:
+    """Give a ``CLIPModel`` :class:`~protoclip_losses.integrations.heads.ProjectionHeads` as ``model.proto``.
+
+    In training mode its forward then returns the arguments of :class:`~protoclip_losses.ProtoLoss`, in eval mode what it always
+    did. The model stays an instance of its class; what it saves gains the entries under ``proto``.
+    """
+    if not isinstance(model, CLIPModel):
+        raise TypeError(f"model must be a CLIPModel, got {type(model).__name__}")
+    model.proto = ProjectionHeads(model.config.projection_dim, dim, hidden_dim, norm).to(model.device)
+    model.__class__ = type(type(model).__name__, (_Projected, type(model)), {})
+    return model
+
+
+class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
+    """``Trainer`` for a ``CLIPModel``, with ProtoLoss in place of the model's own loss.
+
+    Each epoch is an episode: its samples are drawn without replacement, their features extracted, clustered and
+    back-translated, and then trained on. Everything that ``Trainer`` takes is taken by name, and does what it did.
+
+    Args:
+        model: a ``CLIPModel``; it is given heads, see :func:`add_heads`, unless it has them.
+        args: ``TrainingArguments``.
+        loss: the objective; default ``ProtoLoss()``.
+        num_prototypes: K; default one per 10 samples of an episode.
+        episode_size: samples per epoch; default the whole data set.
+        warmup_epochs: first epochs without prototypes.
+        clusterer: in place of ``EpisodicClusterer(num_prototypes, seed=args.data_seed or args.seed)``.
+        teachers: external teachers by name; row i belongs to item i of ``train_dataset``.
+        heads: arguments of :func:`add_heads`.
+
+    Raises:
+        TypeError: a model of another class; a training set without a length.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        *,
+        loss: ProtoLoss | None = None,
+        num_prototypes: int | None = None,
+        episode_size: int | None = None,
+        warmup_epochs: int = 1,
+        clusterer: EpisodicClusterer | None = None,
+        teachers: Mapping[str, TeacherAdapter] | None = None,
+        heads: Mapping[str, Any] | None = None,
+        train_dataset: Any = None,
+        **trainer: Any,
+    ) -> None:
+        if not hasattr(train_dataset, "__len__"):
+            raise TypeError(f"train_dataset must have a length and be read by number, got {type(train_dataset).__name__}")
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.order = EpisodeOrder(EpisodeSampler(len(train_dataset), episode_size or len(train_dataset), seed=seed))
+        number = num_prototypes or max(1, len(self.order) // 10)
+        self.clusterer = clusterer or EpisodicClusterer(number, seed=seed)
+        self.loss, self.teachers, self.warmup_epochs = loss or ProtoLoss(), teachers or {}, warmup_epochs
+        self.is_restored = False
+        if not hasattr(model, "proto"):
+            add_heads(model, **(heads or {}))
+        super().__init__(model, args, train_dataset=WithIndex(train_dataset), **trainer)
+        self.data_collator: Any = _CollateIndex(self.data_collator)
+        self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides it by the number of accumulated batches
+        self.add_callback(EpisodeCallback(self))
+
+    def start_epoch(self, number: int, is_resumed: bool) -> None:
+        """Draw the episode and set its prototypes; those of an epoch that is gone on with are the ones that were saved."""
+        self.order.set_epoch(number)
+        if number < self.warmup_epochs:
+            self.loss.set_prototypes(None)
+        elif not (is_resumed and self.is_restored):
+            own = EpisodeOrder(self.order.episodes, self.args.process_index, self.args.world_size)
+            own.set_epoch(number)
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            workers = self.args.dataloader_num_workers
+            batches = DataLoader(self.train_dataset, self._train_batch_size, sampler=own, collate_fn=collate, num_workers=workers)
+            self.loss.set_prototypes(self.clusterer.build(extract(self.model, batches, self._project), self.teachers))
+
+    def _project(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        batch = self._prepare_inputs(dict(batch))
+        inputs = (batch.get(name) for name in ("pixel_values", "input_ids", "attention_mask", "position_ids"))
+        with self.compute_loss_context_manager():
+            out = self.model.features(*inputs)
+        return batch["index"], out["image_features_projected"], out["text_features_projected"]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """ProtoLoss in training; in evaluation the model's own."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        index = inputs["index"]
+        outputs = model(**inputs)
+        loss = self.loss(**outputs, index=index)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.order
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model, and the prototypes beside it, so that an epoch can be gone on with."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            torch.save(self.loss.state_dict(), Path(output_dir or self.args.output_dir) / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / STATE_FILE
+        if file.exists():  # a checkpoint of a plain Trainer has none
+            self.loss.load_state_dict(torch.load(file, weights_only=True))
+            self.is_restored = True
+
+
+class EpisodeCallback(TrainerCallback):  # type: ignore[misc]
+    """What :class:`ProtoCLIPTrainer` does between steps: an episode at the start of each epoch, the clamp of the scale."""
+
+    def __init__(self, trainer: ProtoCLIPTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Start an episode, or go on with one that was interrupted."""
+        self.trainer.start_epoch(int(state.epoch), is_resumed=state.epoch % 1 > 0)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Keep the scale of the prototype terms where CLIP keeps its own."""
+        self.trainer.model.proto.clamp_scale()
+
+
+class _CollateIndex:
+    """A collator beside which the sample indices pass: one of the user's may know nothing of them."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        if "index" not in items[0]:  # evaluation
+            return self.collate(items)
+        index = torch.tensor([item["index"] for item in items])
+        batch = self.collate([{name: x for name, x in item.items() if name != "index"} for item in items])
+        return {**batch, "index": index}

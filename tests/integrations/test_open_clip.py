@@ -1,0 +1,311 @@
+"""open_clip's own trainer on real pictures: what it does unmodified, and what it does with ProtoLoss in its loss's place."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("open_clip")
+pytest.importorskip("pandas")  # open_clip's training code needs more than open_clip does
+import open_clip
+import spawn
+from cases import assert_near
+from host_data import write_csv
+from open_clip_step import add_tiny_model, one_step, triples
+from open_clip_train import main as host
+from open_clip_train.params import parse_args
+from pair_files import emoji_with_groups, write_shards
+
+from protoclip_losses import ProtoLoss
+from protoclip_losses.integrations.open_clip import Launcher, add_heads, main, parse_arguments
+
+COMMAND = Path(__file__).parents[2] / "examples" / "host_open_clip.sh"
+ROWS, BATCH = 48, 16
+HEADS = ["--proto-head-dim", "8", "--proto-head-hidden-dim", "16"]
+# What makes a run depend on nothing but the order of its samples: no random crop.
+STILL = ["--aug-cfg", "scale=(1.0, 1.0)"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model(tmp_path_factory):
+    add_tiny_model(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("csv"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    pattern, captions = write_shards(tmp_path_factory.mktemp("shards"), emoji_with_groups()[0])
+    return pattern, len(captions)
+
+
+def arguments(logs, name, *more):
+    fixed = [
+        "--model",
+        "tiny",
+        "--device",
+        "cpu",
+        "--batch-size",
+        BATCH,
+        "--warmup",
+        1,
+        "--lr",
+        1e-3,
+        "--precision",
+        "fp32",
+        "--log-every-n-steps",
+        1,
+    ]
+    return [str(a) for a in [*fixed, "--logs", logs, "--name", name, *more]]
+
+
+def csv(table, *more):
+    return ["--dataset-type", "csv", "--train-data", table, "--workers", 0, "--epochs", 2, *more]
+
+
+def webdataset(shards, *more):
+    return ["--dataset-type", "webdataset", "--train-data", shards[0], "--train-num-samples", shards[1], "--workers", 2, *more]
+
+
+def train(entry, *argv):
+    """Run a trainer; its log handlers, which open_clip adds to the root logger for good, are taken away again."""
+    before = logging.root.handlers[:]
+    try:
+        entry(arguments(*argv))
+    finally:
+        logging.root.handlers[:] = before
+
+
+def checkpoint(logs, name, epoch):
+    return torch.load(logs / name / "checkpoints" / f"epoch_{epoch}.pt", weights_only=False)
+
+
+def logged(logs, name, what):
+    return [float(x) for x in re.findall(rf"{what}: ([\d.]+)", (logs / name / "out.log").read_text())]
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--precision", "amp", "--grad-clip-norm", "1.0"],
+        ["--precision", "amp_bf16"],
+        ["--accum-freq", "3"],
+        ["--siglip", "--force-custom-text"],
+        ["--lock-image"],
+    ],
+    ids=" ".join,
+)
+def test_weight_zero_ends_in_the_weights_of_an_unmodified_run_bit_for_bit(tmp_path, table, more):
+    train(host.main, tmp_path, "theirs", *csv(table, *more))
+    train(main, tmp_path, "ours", "--proto-weight", 0, *HEADS, *csv(table, *more))
+    theirs, ours = (checkpoint(tmp_path, name, 2)["state_dict"] for name in ("theirs", "ours"))
+    heads = {name for name in ours if name.startswith("proto.")}
+    assert_equal_weights({name: x for name, x in ours.items() if name not in heads}, theirs)
+    assert heads
+    start = open_clip.create_model("tiny").state_dict()
+    assert not torch.equal(start["logit_scale"], theirs["logit_scale"])  # something was trained
+
+
+def test_webdataset_with_accumulation_in_bfloat16(tmp_path, shards):
+    flags = ["--accum-freq", 2, "--precision", "amp_bf16", "--local-loss", "--gather-with-grad", "--epochs", 2]
+    train(main, tmp_path, "run", "--proto-num-prototypes", 6, *HEADS, *webdataset(shards, *flags))
+    saved = checkpoint(tmp_path, "run", 2)
+    before = checkpoint(tmp_path, "run", 1)["state_dict"]
+    moved = [name for name, x in saved["state_dict"].items() if name.startswith("proto.") and not torch.equal(x, before[name])]
+    assert {"proto.logit_scale_proto", "proto.image.0.weight", "proto.text.3.weight"} <= set(moved)
+    assert len(saved["optimizer"]["state"]) == sum(p.requires_grad for p in add_heads(new_model(), 8, 16).parameters())
+    losses = logged(tmp_path, "run", "Proto_loss")
+    half = len(losses) // 2
+    assert losses[:half] == [0.0] * half  # the first epoch is warm-up
+    assert all(0.5 < x < 4 for x in losses[half:])
+    assert re.search(r"Episode 1: \d+ samples, 6 prototypes of each kind", (tmp_path / "run" / "out.log").read_text())
+
+
+def new_model():
+    torch.manual_seed(0)
+    return open_clip.create_model("tiny", output_dict=True)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, shards):
+    """With episodes, extraction and training see the samples of an epoch in an order that depends on seed and epoch alone."""
+    common = ["--proto-num-prototypes", 6, *HEADS, *webdataset(shards, "--epochs", 3, *STILL)]
+    train(main, tmp_path, "whole", *common)
+    train(main, tmp_path, "rest", "--resume", tmp_path / "whole" / "checkpoints" / "epoch_1.pt", *common)
+    assert_equal_weights(checkpoint(tmp_path, "rest", 3)["state_dict"], checkpoint(tmp_path, "whole", 3)["state_dict"])
+    assert len(logged(tmp_path, "rest", "Proto_loss")) < len(logged(tmp_path, "whole", "Proto_loss"))
+
+
+def test_a_teacher_and_the_loss_of_open_clip_beside_it(tmp_path, table):
+    np.save(tmp_path / "teacher.npy", np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32))
+    teacher = ["--proto-teacher", f"words={tmp_path / 'teacher.npy'}", "--proto-teacher-dim", 4, "--proto-warmup-epochs", 0]
+    train(main, tmp_path, "run", *teacher, "--proto-keep-loss", *HEADS, *csv(table, "--epochs", 1))
+    contrastive, proto, external, total = (
+        logged(tmp_path, "run", name) for name in ("Contrastive_loss", "Proto_loss", "Proto_external_loss", " Loss")
+    )
+    assert len(total) == ROWS // BATCH
+    for parts in zip(contrastive, proto, external, total, strict=True):
+        assert min(parts) > 0.1
+        assert sum(parts[:3]) == pytest.approx(parts[3], rel=1e-3)
+
+
+def test_a_teacher_of_a_webdataset_is_an_error(tmp_path, shards):
+    np.save(tmp_path / "teacher.npy", np.zeros((5, 4), np.float32))
+    teacher = ["--proto-teacher", f"words={tmp_path / 'teacher.npy'}", "--proto-teacher-dim", 2]
+    with pytest.raises(ValueError, match="--proto-teacher needs --dataset-type csv"):
+        train(main, tmp_path, "run", *teacher, *webdataset(shards, "--epochs", 1))
+    assert host.create_loss is open_clip.create_loss  # what was replaced is put back
+
+
+def test_torchcompile_gives_the_loss_of_eager(tmp_path, table):
+    options = ["--proto-warmup-epochs", 0, "--proto-num-prototypes", 4, *HEADS, *csv(table, "--epochs", 1, *STILL)]
+    train(main, tmp_path, "eager", *options)
+    train(main, tmp_path, "compiled", "--torchcompile", *options)
+    one, other = (logged(tmp_path, name, " Loss") for name in ("eager", "compiled"))
+    assert len(one) == ROWS // BATCH
+    assert other == pytest.approx(one, rel=1e-3)
+    eager, compiled = (checkpoint(tmp_path, name, 1)["state_dict"] for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+
+
+def numbered(folder, *data, accum_freq=1):
+    """The training data as main makes them."""
+    options, rest = parse_arguments(arguments(folder, "run", *HEADS, *data, "--accum-freq", accum_freq))
+    args = parse_args(rest)
+    args.distributed, args.world_size = False, 1
+    launcher = Launcher(options)
+    _, *transforms = open_clip.create_model_and_transforms("tiny")
+    return launcher.get_data(args, tuple(transforms), epoch=0, tokenizer=open_clip.get_tokenizer("tiny"))["train"]
+
+
+@pytest.mark.parametrize("more", [[], ["--dataset-resampled"]], ids=["each shard once", "resampled"])
+def test_extraction_sees_the_samples_of_a_webdataset_that_training_sees(tmp_path, shards, more):
+    train = numbered(tmp_path, *webdataset(shards, *more))
+    seen = []
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        extraction = [
+            (int(i), text) for _, texts, index in train.dataloader.extraction for i, text in zip(index, texts, strict=True)
+        ]
+        training = [i for _ in train.dataloader for i in train.dataloader.index().tolist()]
+        assert training == [i for i, _ in extraction]
+        seen.append(dict(extraction))
+    assert len(training) == BATCH * train.dataloader.num_batches
+    assert seen[0].keys() != seen[1].keys() or list(seen[0]) != list(seen[1])
+    for i in seen[0].keys() & seen[1].keys():
+        assert torch.equal(seen[0][i], seen[1][i])  # a number is one sample's, whatever the epoch
+    assert len({tuple(text.tolist()) for text in seen[0].values()}) > len(seen[0]) // 2
+
+
+def test_extraction_sees_every_row_of_a_table_and_training_knows_their_numbers(tmp_path, table):
+    rows = [line.split("\t")[1] for line in table.read_text().splitlines()[1:]]
+    train = numbered(tmp_path, *csv(table, "--batch-size", 9), accum_freq=2)
+    tokenize = open_clip.get_tokenizer("tiny")
+    assert [int(i) for batch in train.dataloader.extraction for i in batch[2]] == list(range(ROWS))
+    recent = []
+    for _, texts in train.dataloader:
+        recent = [*recent, texts][-2:]
+        own = train.dataloader.index()
+        assert torch.equal(tokenize([rows[i] for i in own]), torch.cat(recent))
+    assert len(own) == 18
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    """But for open_clip's own scale, which gets one gradient per call of the loss, as it does without us."""
+    one, two = ({n: p.grad for n, p in one_step(tmp_path, triples(16), accum_freq).named_parameters()} for accum_freq in (1, 2))
+    for name in one:
+        wanted = 2 * one[name] if name == "logit_scale" else one[name]
+        assert_near(two[name], wanted, 1e-5)
+        assert wanted.norm() > 0 or name == "token_embedding.weight", name
+
+
+def test_the_command_of_the_documentation(tmp_path, shards):
+    environment = {
+        **os.environ,
+        "SHARDS": shards[0],
+        "SAMPLES": "64",
+        "MODEL": "ViT-S-32-alt",
+        "BATCH": "16",
+        "OMP_NUM_THREADS": "2",
+    }
+    small = [
+        "--workers",
+        "1",
+        "--force-image-size",
+        "32",
+        "--logs",
+        tmp_path,
+        "--name",
+        "run",
+        "--device",
+        "cpu",
+        "--proto-num-prototypes",
+        "4",
+    ]
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(
+        ["bash", COMMAND, *map(str, small)], capture_output=True, text=True, timeout=250, env={**environment, "PATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = logged(tmp_path, "run", "Proto_loss")
+    assert losses[0] == 0
+    assert losses[-1] > 0.1
+    assert "proto.text.0.weight" in checkpoint(tmp_path, "run", 2)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return spawn.run(["integrations.ranks_open_clip"], 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", ["a_step_of_two_processes_is_that_of_one"])
+def test_on(ranks, case):
+    if problem := spawn.failure(case, *ranks):
+        pytest.fail(problem, pytrace=False)
+
+
+def test_the_scale_is_clamped_after_each_step(tmp_path):
+    model = one_step(tmp_path, triples(16), log_scale=7.0)
+    assert float(model.proto.logit_scale_proto.detach()) == np.float32(np.log(100))
+
+
+def test_what_cannot_work_is_refused():
+    for flags in (["--trace"], ["--torchscript"], ["--horovod"], ["--distill-model", "tiny"], ["--proto-wieght", "1"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--model", "tiny", *flags])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--model", "tiny", "--proto-teacher", "file.npy"])
+    with pytest.raises(TypeError, match="CLIP or CustomTextCLIP, got Linear"):
+        add_heads(torch.nn.Linear(2, 2))
+
+
+def test_the_model_stays_what_it_was():
+    model = new_model()
+    images, texts = torch.randn(3, 3, 32, 32), torch.randint(1, 400, (3, 16))
+    before, names = model(images, texts), set(model.state_dict())
+    add_heads(model, 8, 16)
+    after = model(images, texts)
+    assert isinstance(model, open_clip.CLIP)
+    assert type(model).__name__ == "CLIP"
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    assert {name for name in model.state_dict() if not name.startswith("proto.")} == names
+    assert after["image_features_projected"].shape == (3, 8)
+    assert model(images)["text_features"] is None
+    loss = ProtoLoss()
+    loss.set_prototypes(None)
+    assert loss(**after).shape == ()  # as a loss of open_clip's CLIPTask is called
