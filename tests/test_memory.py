@@ -5,7 +5,7 @@ import torch
 from cases import integers, unit
 from torch.profiler import ProfilerActivity, profile
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, InfoNCE, PrototypeLoss
+from protoclip_losses import InfoNCE, PrototypeLoss
 from protoclip_losses.functional import back_translate, info_nce, prototype_cross_entropy, soft_targets
 
 MEGABYTE = 2**20
@@ -136,18 +136,3 @@ def test_infonce_takes_three_products_within_its_budget_and_four_beyond(batch, a
     z[0].requires_grad_()
     _, products = cost(lambda: info_nce(*z, 10.0).backward())
     assert products <= SMALL * allowed * batch * batch * 64
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_kmeans_neither_copies_the_features_nor_holds_rows_times_prototypes(dtype):
-    features = unit(100_000, 256, 0, torch.float32).to(dtype)  # 98 MB in float32; 293 MB of products
-    peak, _ = cost(lambda: EpisodicClusterer(768, backend="torch", niter=3).fit(features))
-    assert peak <= 90 * MEGABYTE
-
-
-def test_a_build_does_not_copy_features_that_are_all_its_own():
-    index = torch.arange(50_000)
-    bank = FeatureBank(index, 512)
-    bank.update(index, *(unit(50_000, 512, seed, torch.float32) for seed in (0, 1)))  # 98 MB each
-    peak, _ = cost(lambda: EpisodicClusterer(16, niter=2).build(bank))
-    assert peak <= 90 * MEGABYTE
