@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     method.add_argument("--num-prototypes", type=int, help="K; default: one per 10 pairs of an episode")
     method.add_argument("--cluster-iterations", type=int, default=20)
     method.add_argument("--cluster-restarts", type=int, default=1, help="K-means runs, the best of which is kept")
-    method.add_argument("--cluster-device", default="cpu", help="cpu, or cuda if the installed faiss is one for GPUs")
+    method.add_argument("--cluster-device", default="cpu", help="where K-means runs: cpu or cuda")
     method.add_argument("--target-temperature", type=float, default=0.01, help="of soft targets; 0 or less: hard targets")
     method.add_argument("--weight-clip", type=float, default=1.0)
     method.add_argument("--weight-proto", type=float, default=1.0)
