@@ -37,7 +37,7 @@ class Launcher:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.host = require("open_clip_train.main", "open_clip")
+        self.host = require("open_clip_train.main", "open-clip")
         names = ("create_model_and_transforms", "get_data", "create_loss", "train_one_epoch")
         self.original = {name: getattr(self.host, name) for name in names}
         given = options.proto_teacher or ()
@@ -102,7 +102,7 @@ class Launcher:
 
     def _prototypes(self, module: nn.Module, train: Any, epoch: int, args: Any) -> Prototypes:
         start, o = time.perf_counter(), self.options
-        host = require("open_clip_train.train", "open_clip")
+        host = require("open_clip_train.train", "open-clip")
         device, dtype = torch.device(args.device), host.get_input_dtype(args.precision)
         autocast = host.get_autocast(args.precision, device_type=device.type)
 
@@ -163,7 +163,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     options, rest = p.parse_known_args(argv)
     if unknown := [name for name in rest if name.startswith("--proto")]:
         p.error(f"unknown arguments: {' '.join(unknown)}")
-    args = require("open_clip_train.params", "open_clip").parse_args(rest)
+    args = require("open_clip_train.params", "open-clip").parse_args(rest)
     for refused in ("horovod", "trace", "torchscript", "distill_model"):
         if getattr(args, refused):
             p.error(f"--{refused.replace('_', '-')} does not go together with ProtoLoss")

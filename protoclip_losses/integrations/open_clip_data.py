@@ -33,7 +33,7 @@ class IndexedBatches:
 
 def number_samples(info: Any, seed: int, batches_per_step: int) -> Any:
     """open_clip's training data with an index per sample: the row of a table, a hash of shard and key in WebDatasets."""
-    data = require("open_clip_train.data", "open_clip")
+    data = require("open_clip_train.data", "open-clip")
     loader = info.dataloader
     if info.shared_epoch is None:
         table = WithIndex(loader.dataset)

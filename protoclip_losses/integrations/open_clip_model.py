@@ -32,7 +32,7 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
     Its forward then also returns what :class:`~protoclip_losses.ProtoLoss` takes, always as a dict. The model stays an instance
     of its class, with every attribute it had; ``state_dict()`` gains the entries under ``proto``.
     """
-    open_clip = require("open_clip", "open_clip")
+    open_clip = require("open_clip", "open-clip")
     if type(model) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
         raise TypeError(f"model must be open_clip's CLIP or CustomTextCLIP, got {type(model).__name__}")
     weight = next(model.parameters())
