@@ -103,10 +103,10 @@ class PrototypeCase(Case):
     def triton_peers(self) -> dict[str, Call]:
         """Fused linear cross-entropies with hard labels, for those that are installed. They take the scale within h."""
         calls: dict[str, Call] = {}
-        if self.kind == "hard" and _installed("cut_cross_entropy"):
+        if self.kind == "hard" and installed("cut_cross_entropy"):
             cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
             calls["cut-cross-entropy"] = lambda: self._scaled(lambda x, p: cce(x, p, self.labels))
-        if self.kind == "hard" and _installed("liger_kernel"):
+        if self.kind == "hard" and installed("liger_kernel"):
             liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
             calls["liger-kernel"] = lambda: self._scaled(lambda x, p: liger(p, x, self.labels))
         return calls
@@ -127,10 +127,10 @@ class PairCase(Case):
 
     def calls(self) -> dict[str, Call]:
         calls: dict[str, Call] = {"ours": self.ours, "streamed": self.streamed, "dense": self.dense}
-        if _installed("open_clip"):
+        if installed("open_clip"):
             peer = importlib.import_module("open_clip").ClipLoss()
             calls["open_clip"] = lambda: self._run(peer)
-        if self.device == "cuda" and _installed("inf_cl"):
+        if self.device == "cuda" and installed("inf_cl"):
             inf = importlib.import_module("inf_cl").cal_flash_loss
             calls["inf-cl"] = lambda: self._run(lambda i, t, s: (inf(i, t, scale=s).mean() + inf(t, i, scale=s).mean()) / 2)
         return calls | {"floor3": lambda: self.floor(3), "floor4": lambda: self.floor(4)}
@@ -249,7 +249,7 @@ def _unit(rows: int, width: int, device: str) -> Tensor:
     return F.normalize(torch.randn(rows, width, device=device), dim=1)
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 

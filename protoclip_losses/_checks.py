@@ -79,22 +79,23 @@ def chunk_rows(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
 
 
-def positive_int(name: str, value: int) -> int:
-    """Check a count given to a constructor."""
+def at_least(name: str, value: int, least: int) -> int:
+    """Check a whole number given to a constructor."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
+
+
+def positive_int(name: str, value: int) -> int:
+    """Check a count."""
+    return at_least(name, value, 1)
 
 
 def seed(name: str, value: int) -> int:
-    """Check a seed given to a constructor; any size will do."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
+    """Check a seed; any size will do."""
+    return at_least(name, value, 0)
 
 
 def strings(name: str, texts: Sequence[str]) -> list[str]:

@@ -143,24 +143,22 @@ def in_step(batches: Iterable[Any], process_group: Group | bool | None = None) -
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
     """The sum over ranks, as a new tensor on the device of ``x``. No gradient."""
-    if group is None:
-        return x
-    total = x.detach().clone()
-    if dist.get_backend(group) == "nccl":
-        total = total.to(device_of(group))
-    dist.all_reduce(total, group=group)
-    return total.to(x.device)
+    return _reduced(x, "SUM", group)
 
 
 def max_over_ranks(x: Tensor, group: Group | None) -> Tensor:
     """The elementwise maximum over ranks, as a new tensor on the device of ``x``. No gradient."""
+    return _reduced(x, "MAX", group)
+
+
+def _reduced(x: Tensor, operation: str, group: Group | None) -> Tensor:
     if group is None:
         return x
-    largest = x.detach().clone()
+    result = x.detach().clone()
     if dist.get_backend(group) == "nccl":
-        largest = largest.to(device_of(group))
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return largest.to(x.device)
+        result = result.to(device_of(group))
+    dist.all_reduce(result, op=getattr(dist.ReduceOp, operation), group=group)
+    return result.to(x.device)
 
 
 class Ranks:

@@ -9,12 +9,12 @@ from torch import Tensor
 from . import _checks as check
 from .clustering.assign import assign
 from .clustering.clusterer import EpisodicClusterer
-from .clustering.prototypes import PrototypeTerm
+from .clustering.prototypes import PrototypeTerm, Terms
+from .clustering.rows import finite_rows, means_and_counts, sums_by_label, wide
 from .distributed import Group, rank, sum_over_ranks, world_size
-from .functional.back_translation import label_sums, means
 
 
-class OnlinePrototypes:
+class OnlinePrototypes(Terms):
     r"""Prototypes from a queue of the most recent projected features, made anew every few steps while training goes on.
 
     There is no extraction pass and no sample index: the label of a sample is the nearest centroid to the teacher's own feature
@@ -79,24 +79,13 @@ class OnlinePrototypes:
         self.calls_per_step = check.positive_int("calls_per_step", calls_per_step)
         if queue_size < num_prototypes:
             raise ValueError(f"queue_size must be at least num_prototypes={num_prototypes}, got {queue_size}")
-        self.niter, self.seed = check.positive_int("niter", niter), seed
-        self.terms: dict[tuple[str, str], PrototypeTerm] = {}
+        self.niter, self.seed = check.positive_int("niter", niter), check.seed("seed", seed)
+        self.terms = {}
         self.calls = self.step = self.version = self.seen = self._cursor = 0
         self._queue: dict[str, Tensor] = {}
         self._number = torch.empty(0, dtype=torch.int64)  # of each row of the queue: which sample of the run it is, by rank,
         self._came = torch.empty(0, dtype=torch.int64)  # and the step in which it came
         self._sums: dict[tuple[str, str], Tensor] = {}
-        self._counts: dict[tuple[str, str], Tensor] = {}
-
-    @property
-    def students(self) -> set[str]:
-        """Modalities that are trained."""
-        return {student for student, _ in self.terms}
-
-    @property
-    def external_teachers(self) -> set[str]:
-        """Teachers that are not themselves trained."""
-        return {teacher for _, teacher in self.terms} - self.students
 
     def labels(self, teacher: str, features: Tensor) -> Tensor:
         """The nearest of a teacher's centroids to its own features (B, D_E); -1 for rows that are not finite."""
@@ -186,44 +175,37 @@ class OnlinePrototypes:
             labels = _assigned(x[here], at)
             for name in (teacher, *(s for s in students if s != teacher)):
                 h = self._queue[name][here]
-                self._add((name, teacher), labels.where(torch.isfinite(h).all(1), -1), h)
+                self._add((name, teacher), labels.where(finite_rows(h), -1), h)
 
     def _add(self, key: tuple[str, str], labels: Tensor, x: Tensor) -> None:
         if key not in self._sums:
-            self._sums[key] = x.new_zeros((self.num_prototypes, x.shape[1]), dtype=torch.float64)
-            self._counts[key] = labels.new_zeros(self.num_prototypes)
+            self._sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=wide(x.device))
         met, place = torch.unique(labels[labels >= 0], return_inverse=True)
-        if len(met):
-            sums, counts = label_sums(place, x[labels >= 0], len(met))  # in a fixed order, for the clusters met alone
-            self._sums[key][met] += sums.double()
-            self._counts[key][met] += counts
+        self._sums[key][met] += sums_by_label(place, x[labels >= 0], len(met))  # of the clusters met alone
 
     def _renew(self, centroids: Mapping[str, Tensor], group: Group | None) -> None:
         """Centroids and prototypes from the sums of all ranks; a centroid that nothing is near stays where it was."""
-        counts = {key: sum_over_ranks(x, group) for key, x in self._counts.items()}
-        sums = {key: means(sum_over_ranks(x, group), counts[key]).float() for key, x in self._sums.items()}
+        means = {key: means_and_counts(sum_over_ranks(x, group)) for key, x in self._sums.items()}
         for teacher, old in centroids.items():
-            taken = counts[teacher, teacher] > 0
-            new = sums[teacher, teacher].where(taken[:, None], old)
-            for (student, of), mean in sums.items():
+            own, counts = means[teacher, teacher]
+            new = own.float().where(counts[:, None] > 0, old)
+            for (student, of), (mean, found) in means.items():
                 if of == teacher != student:
                     empty = torch.empty(0, dtype=torch.int64, device=mean.device)
-                    self.terms[student, teacher] = PrototypeTerm(mean, new, empty, taken & (counts[student, teacher] > 0))
-        self._sums, self._counts = {}, {}
+                    self.terms[student, teacher] = PrototypeTerm(mean.float(), new, empty, (counts > 0) & (found > 0))
+        self._sums = {}
         self.version += 1
 
     def _centroids(self) -> dict[str, Tensor]:
-        return {teacher: term.teacher_centroids for (_, teacher), term in self.terms.items()}
+        return {teacher: term.teacher_centroids for teacher, term in self.clusterings.items()}
 
     _SETTINGS = ("num_prototypes", "queue_size", "every", "warmup", "calls_per_step", "niter", "seed")
-    _COUNTERS = ("calls", "step", "version", "seen", "_cursor", "_queue", "_number", "_came", "_sums", "_counts")
+    _COUNTERS = ("calls", "step", "version", "seen", "_cursor", "_queue", "_number", "_came", "_sums")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything it takes to go on bit for bit. Under torch.distributed the queue is this rank's: save it on each."""
         state = {name: getattr(self, name) for name in (*self._SETTINGS, *self._COUNTERS)}
-        parts = ("prototypes", "teacher_centroids", "labels", "valid")
-        terms = {key: {part: getattr(term, part) for part in parts} for key, term in self.terms.items()}
-        return {**state, "terms": terms}
+        return {**state, "terms": {key: dict(vars(term)) for key, term in self.terms.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was; raises ValueError if it was made with other settings."""
@@ -247,5 +229,5 @@ class OnlinePrototypes:
 
 def _assigned(features: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroid of each row, -1 where the row is not finite."""
-    finite = torch.isfinite(features).all(1)
+    finite = finite_rows(features)
     return assign(features.detach().where(finite[:, None], 0), centroids)[0].where(finite, -1)

@@ -9,7 +9,7 @@ from helpers import blobs, seeded
 from protoclip_losses import EpisodicClusterer
 from protoclip_losses.clustering import torch_engine
 from protoclip_losses.clustering.assign import Scores
-from protoclip_losses.clustering.rows import Rows
+from protoclip_losses.clustering.rows import Rows, Settings
 
 
 def spread(rows, width, seed=0):
@@ -95,12 +95,12 @@ def test_a_draw_takes_each_row_once(features, monkeypatch):
 def test_a_draw_does_not_depend_on_the_order_of_rows_but_on_their_places():
     features = spread(200, 3)
     order = torch.randperm(200, generator=seeded(4))
-    one = torch_engine.kmeans(rows_of(features), 20, **SETTINGS)
-    other = torch_engine.kmeans(Rows(features[order], order, [200], None), 20, **SETTINGS)
+    one = torch_engine.kmeans(rows_of(features), 20, SETTINGS)
+    other = torch_engine.kmeans(Rows(features[order], order, [200], None), 20, SETTINGS)
     assert torch.allclose(one.centroids, other.centroids, atol=1e-5)
 
 
-SETTINGS = {"niter": 20, "tol": 0.0, "nredo": 1, "spherical": False, "seed": 0, "device": torch.device("cpu")}
+SETTINGS = Settings(niter=20, tol=0.0, nredo=1, spherical=False, seed=0, device=torch.device("cpu"))
 
 
 def test_empty_clusters_start_again_where_rows_are_far_from_their_centroids():

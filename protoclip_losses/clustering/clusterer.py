@@ -13,10 +13,10 @@ from ..distributed import Group, active_group, agree, gather_rows, rank, sum_ove
 from ..episodes import FeatureBank
 from .assign import assign
 from .engines import BACKENDS, ENGINES, choose
-from .episode import agreements, back_translated, clusterings, compare, first_occurrences, modalities, with_teachers
+from .episode import agreements, back_translated, compare, first_occurrences, modalities, with_teachers
 from .prototypes import Prototypes
 from .report import ClusteringReport, EpisodeReport
-from .rows import Rows, finite_rows, wide
+from .rows import Rows, Settings, finite_rows, wide
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
@@ -154,17 +154,8 @@ class EpisodicClusterer:
         device = self.device or (features.device if backend == "torch" else torch.device("cpu"))
         if backend == "torch":
             points, place = points.to(device), place.to(device)
-        run = ENGINES[backend](
-            Rows(points, place, kept_sizes, group),
-            self.num_prototypes,
-            niter=self.niter,
-            tol=self.tol,
-            nredo=self.nredo,
-            spherical=self.spherical,
-            seed=self.seed,
-            device=device,
-            init=init,
-        )
+        settings = Settings(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init)
+        run = ENGINES[backend](Rows(points, place, kept_sizes, group), self.num_prototypes, settings)
         clustered = time.perf_counter()
         nearest, distances = assign(points, run.centroids, run.labels)
         counts = sum_over_ranks(torch.bincount(nearest, minlength=self.num_prototypes), group).to(features.device)
@@ -255,7 +246,7 @@ class EpisodicClusterer:
 
     def _start(self, teacher: str, width: int) -> Tensor | None:
         """The centroids of the build before, where it had such a clustering and a warm start is wanted."""
-        term = clusterings(self.previous).get(teacher) if self.warm_start and self.previous is not None else None
+        term = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
         if term is None or term.teacher_centroids.shape != (self.num_prototypes, width):
             return None
         return term.teacher_centroids

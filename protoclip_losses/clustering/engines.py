@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from . import faiss_engine, torch_engine
-from .rows import Run
+from .rows import Rows, Run, Settings
 
-ENGINES: dict[str, Callable[..., Run]] = {"faiss": faiss_engine.kmeans, "torch": torch_engine.kmeans}
+ENGINES: dict[str, Callable[[Rows, int, Settings], Run]] = {"faiss": faiss_engine.kmeans, "torch": torch_engine.kmeans}
 BACKENDS = ("auto", *ENGINES)
 
 

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..distributed import Group, agree, gather_texts, sum_over_ranks
 from ..episodes import FeatureBank
-from ..functional.back_translation import means
 from .agreement import adjusted_agreement
 from .assign import assign
 from .prototypes import Prototypes, PrototypeTerm
-from .rows import finite_rows, sums_by_label
+from .rows import finite_rows, means_and_counts, sums_by_label
 
 
 def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], list[int]]:
@@ -67,19 +66,14 @@ def back_translated(
     """The term of a student (n, D) and a teacher's clustering: labels of own rows (n,), of the episode (N,), clusters in use."""
     own = own_labels.where(finite_rows(student), -1)
     sums = sum_over_ranks(sums_by_label(own, student, len(centroids)), group)
-    counts = sums[:, -1].long()
-    prototypes = means(sums[:, :-1], counts).to(torch.promote_types(student.dtype, torch.float32))
+    prototypes, counts = means_and_counts(sums)
+    prototypes = prototypes.to(torch.promote_types(student.dtype, torch.float32))
     return PrototypeTerm(prototypes, centroids, labels, (counts > 0) & in_use)
-
-
-def clusterings(prototypes: Prototypes) -> dict[str, PrototypeTerm]:
-    """A term of each teacher, for its clustering: it has the same one for every student."""
-    return {teacher: term for (_, teacher), term in prototypes.terms.items()}
 
 
 def agreements(prototypes: Prototypes) -> dict[tuple[str, str], tuple[float, float]]:
     """Adjusted Rand index and adjusted mutual information of each two clusterings."""
-    named = clusterings(prototypes).items()
+    named = prototypes.clusterings.items()
     return {(a, b): adjusted_agreement(x.labels, y.labels) for (a, x), (b, y) in combinations(named, 2)}
 
 
@@ -88,8 +82,8 @@ def compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict
     drift, changed = {}, {}
     known = torch.isin(now.index, before.index.to(now.index.device))
     place = before.positions(now.index[known].to(before.index.device), check_values=False)
-    old = clusterings(before)
-    for teacher, term in clusterings(now).items():
+    old = before.clusterings
+    for teacher, term in now.clusterings.items():
         if teacher not in old or old[teacher].teacher_centroids.shape[1] != term.teacher_centroids.shape[1]:
             continue
         counted = torch.bincount(old[teacher].labels + 1, minlength=len(old[teacher].valid) + 1)[1:] > 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import agree, broadcast, rank
-from .rows import Rows, Run
+from .rows import Rows, Run, Settings
 
 
 def load_faiss() -> Any:
@@ -21,47 +21,28 @@ def load_faiss() -> Any:
     return faiss
 
 
-def kmeans(
-    rows: Rows,
-    num_prototypes: int,
-    *,
-    niter: int,
-    tol: float,
-    nredo: int,
-    spherical: bool,
-    seed: int,
-    device: torch.device,
-    init: Tensor | None = None,
-) -> Run:
+def kmeans(rows: Rows, num_prototypes: int, settings: Settings) -> Run:
     """K-means of all ranks' rows on the group's first rank; the others wait for its centroids, or for its error."""
     points = rows.in_order()
+    niter = settings.niter
     news = torch.zeros(num_prototypes * points.shape[1] + niter + 1, dtype=torch.float64)
 
     def run() -> Tensor:
         if rank(rows.group) > 0:
             return news
-        return _train(points, num_prototypes, niter, nredo, spherical, seed, device, init)
+        return _train(points, num_prototypes, settings)
 
     news = broadcast(agree(run, rows.group)[0], rows.group)
     centroids, objectives = news[: -niter - 1].float().view(num_prototypes, -1), news[-niter - 1 : -1]
     return Run(centroids.to(points.device), tuple(objectives[~objectives.isnan()].tolist()), int(news[-1]))
 
 
-def _train(
-    features: Tensor,
-    num_prototypes: int,
-    niter: int,
-    nredo: int,
-    spherical: bool,
-    seed: int,
-    device: torch.device,
-    init: Tensor | None,
-) -> Tensor:
+def _train(features: Tensor, num_prototypes: int, settings: Settings) -> Tensor:
     """Centroids, objectives and re-seeded clusters as one vector. All N points are used, no noise is added to any.
 
     faiss's own defaults would use at most 256 points per centroid without a word, and warn on stderr below 39.
     """
-    faiss = load_faiss()
+    faiss, device, init, seed = load_faiss(), settings.device, settings.init, settings.seed
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be a CPU or CUDA for backend='faiss', got {str(device)!r}; backend='torch' runs there")
     gpu: bool | int = False
@@ -74,15 +55,15 @@ def _train(
         gpu = 1  # the number of GPUs; which one is set by the current device below
     wide = features.float()
     # Far from the origin faiss's expanded squares hold no digits of a distance; directions have no other origin.
-    origin = torch.zeros(wide.shape[1], device=wide.device) if spherical else wide.mean(0)
+    origin = torch.zeros(wide.shape[1], device=wide.device) if settings.spherical else wide.mean(0)
     points = np.ascontiguousarray((wide - origin).cpu().numpy())
     engine = faiss.Kmeans(
         points.shape[1],
         num_prototypes,
-        niter=niter,
-        nredo=nredo if init is None else 1,
+        niter=settings.niter,
+        nredo=settings.nredo if init is None else 1,
         seed=seed if seed < 2**31 else zlib.crc32(str(seed).encode()) >> 1,  # faiss's seeds are 32 bits
-        spherical=spherical,
+        spherical=settings.spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=points.shape[0],
         verbose=False,
@@ -92,9 +73,9 @@ def _train(
     with torch.cuda.device(device) if gpu else nullcontext():
         engine.train(points, init_centroids=start)
     centroids = torch.from_numpy(np.array(engine.centroids)) + origin.cpu()
-    objectives = torch.full((niter,), torch.nan, dtype=torch.float64)  # as many as there were iterations: none for N = K
-    objectives[: len(engine.obj)] = torch.from_numpy(np.array(engine.obj[:niter]))
-    if spherical:  # faiss's is the sum of inner products with centroids of length 1
+    objectives = torch.full((settings.niter,), torch.nan, dtype=torch.float64)  # as many as there were iterations: none for N = K
+    objectives[: len(engine.obj)] = torch.from_numpy(np.array(engine.obj[: settings.niter]))
+    if settings.spherical:  # faiss's is the sum of inner products with centroids of length 1
         objectives = float(wide.double().square().sum()) + len(points) - 2 * objectives
     reseeded = sum(step["nsplit"] for step in engine.iteration_stats)
     return torch.cat([centroids.flatten().double(), objectives, torch.tensor([reseeded])])

@@ -39,7 +39,28 @@ class PrototypeTerm:
         check.finite("teacher_centroids", self.teacher_centroids[self.valid])
 
 
-class Prototypes:
+class Terms:
+    """Terms by (student, teacher), and who is who among them."""
+
+    terms: dict[tuple[str, str], PrototypeTerm]
+
+    @property
+    def students(self) -> set[str]:
+        """Modalities that are trained."""
+        return {student for student, _ in self.terms}
+
+    @property
+    def external_teachers(self) -> set[str]:
+        """Teachers that are not themselves trained."""
+        return {teacher for _, teacher in self.terms} - self.students
+
+    @property
+    def clusterings(self) -> dict[str, PrototypeTerm]:
+        """A term of each teacher, for its clustering: it has the same one for every student."""
+        return {teacher: term for (_, teacher), term in self.terms.items()}
+
+
+class Prototypes(Terms):
     """The terms of an episode, and the samples they speak of. Free of any temperature or weight: those belong to the loss.
 
     Args:
@@ -70,16 +91,6 @@ class Prototypes:
             first = int(self._sorted[1:][repeated][0])
             raise ValueError(f"index must hold each sample once, got {int(repeated.sum())} repeats (sample {first}, for one)")
 
-    @property
-    def students(self) -> set[str]:
-        """Modalities that are trained."""
-        return {student for student, _ in self.terms}
-
-    @property
-    def external_teachers(self) -> set[str]:
-        """Teachers that are not themselves trained."""
-        return {teacher for _, teacher in self.terms} - self.students
-
     def positions(self, index: Tensor, *, check_values: bool | None = None) -> Tensor:
         """Rows of the episode (B,) for sample indices (B,): what ``term.labels`` is indexed with.
 
@@ -106,17 +117,7 @@ class Prototypes:
         """Plain tensors and strings; a teacher's labels are stored once however many students it has."""
         return {
             "index": self.index,
-            "terms": [
-                {
-                    "student": student,
-                    "teacher": teacher,
-                    "prototypes": term.prototypes,
-                    "teacher_centroids": term.teacher_centroids,
-                    "labels": term.labels,
-                    "valid": term.valid,
-                }
-                for (student, teacher), term in self.terms.items()
-            ],
+            "terms": [{"student": student, "teacher": teacher, **vars(term)} for (student, teacher), term in self.terms.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,8 +6,21 @@ import torch
 from torch import Tensor
 
 from ..distributed import Group, gather_rows, rank, sum_over_ranks
-from ..functional.back_translation import label_sums
+from ..functional.back_translation import label_sums, means
 from .assign import BLOCK_ROWS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine is asked for; see :class:`EpisodicClusterer`. From centroids ``init`` there is one run."""
+
+    niter: int
+    tol: float
+    nredo: int
+    spherical: bool
+    seed: int
+    device: torch.device
+    init: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,12 @@ def sums_by_label(labels: Tensor, features: Tensor, num_labels: int, origin: Ten
         block = torch.nn.functional.pad(block if origin is None else block - origin, (0, 1), value=1.0)
         sums += label_sums(labels[part], block.to(dtype), num_labels, check_values=False)[0]
     return sums
+
+
+def means_and_counts(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, D) and (K,) int64 of what :func:`sums_by_label` returned, or of its sum over ranks; a zero row where nothing was."""
+    counts = sums[:, -1].long()
+    return means(sums[:, :-1], counts), counts
 
 
 def finite_rows(features: Tensor) -> Tensor:

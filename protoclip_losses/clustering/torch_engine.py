@@ -10,27 +10,18 @@ import torch
 from torch import Tensor
 
 from .assign import BLOCK_ROWS, Scores
-from .rows import Rows, Run, sums_by_label, wide
+from .rows import Rows, Run, Settings, sums_by_label, wide
 
 ROUNDS = 16  # in which the first centroids are drawn; K-means++ draws one a round
 
 
 @torch.no_grad()
-def kmeans(
-    rows: Rows,
-    num_prototypes: int,
-    *,
-    niter: int,
-    tol: float,
-    nredo: int,
-    spherical: bool,
-    seed: int,
-    device: torch.device,
-    init: Tensor | None = None,
-) -> Run:
-    """The best of ``nredo`` runs, on ``device``, where the rows are. From centroids ``init`` there is one run."""
+def kmeans(rows: Rows, num_prototypes: int, settings: Settings) -> Run:
+    """The best of ``nredo`` runs, on ``device``, where the rows are."""
+    nredo = settings.nredo if settings.init is None else 1
     runs = [
-        _Lloyd(rows, num_prototypes, spherical).run(niter, tol, seed, run, init) for run in range(nredo if init is None else 1)
+        _Lloyd(rows, num_prototypes, settings.spherical).run(settings.niter, settings.tol, settings.seed, run, settings.init)
+        for run in range(nredo)
     ]
     return min(runs, key=lambda run: run.objectives[-1])
 

@@ -71,9 +71,7 @@ def prototype_cross_entropy(
     if targets is not None:
         offsets = targets.index_select(0, safe).to(scale.dtype) - prototypes.index_select(0, base).to(scale.dtype)
     total, _ = prototype_sum(features, prototypes, base, keep, scale, offsets, valid, chunk_size)
-    if check.values_are_checked(features, check_values) and not math.isfinite(float(total.detach())):
-        explain_non_finite(keep, features=features, prototypes=prototypes, targets=targets)
-    return total / number_kept(keep, features)
+    return mean_of_kept(total, keep, check_values, features=features, prototypes=prototypes, targets=targets)
 
 
 def _rows(x: Tensor) -> int | None:
@@ -122,20 +120,19 @@ def check_term(
     return keep, safe
 
 
-def number_kept(keep: Tensor | None, features: Tensor) -> Tensor | int:
-    """Rows that count, at least 1 so that it can be divided by."""
-    return max(1, features.shape[0]) if keep is None else keep.sum().clamp(min=1)
+def mean_of_kept(total: Tensor, keep: Tensor | None, check_values: bool | None, **inputs: Tensor | None) -> Tensor:
+    """A sum over the rows in ``keep`` over their number, or the error that names the input that made it non-finite.
 
-
-def explain_non_finite(keep: Tensor | None, **inputs: Tensor | None) -> None:
-    """Raise for whichever input is not finite, the features (of rows in ``keep``) being the first of them.
-
-    They are read only once a loss has come out non-finite: a softmax hides no NaN and no Inf.
+    Of the inputs the first are the features. They are read only once the sum is non-finite: a softmax hides no NaN and no Inf.
     """
-    for i, (name, x) in enumerate(inputs.items()):
-        if x is not None:
-            check.finite(name, x[keep] if i == 0 and keep is not None else x)
-    raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} are finite")
+    features = next(iter(inputs.values()))
+    assert features is not None
+    if check.values_are_checked(features, check_values) and not math.isfinite(float(total.detach())):
+        for name, x in inputs.items():
+            if x is not None:
+                check.finite(name, x[keep] if x is features and keep is not None else x)
+        raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} are finite")
+    return total / (max(1, features.shape[0]) if keep is None else keep.sum().clamp(min=1))
 
 
 def base_prototypes(labels: Tensor, valid: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..distributed import active_group, gather_rows_with_gradient
 from ..functional.contrastive import info_nce
-from ..functional.prototypes import check_term, number_kept, prototype_sum
+from ..functional.prototypes import check_term, mean_of_kept, prototype_sum
 from ..losses.prototype import PrototypeLoss
 
 PAIRS_KEPT = 8  # centroid pairs whose targets are kept: the loop has four
@@ -114,7 +114,8 @@ class ProtoLoss(nn.Module):
                 self._soft[key] = _Soft(temperature)
             offsets = self._soft[key].offsets(student_centroids, teacher_centroids, safe)
         total, correct = prototype_sum(student_features, student_centroids, safe, keep, scale, offsets, with_accuracy=True)
-        return total / number_kept(keep, student_features), 100 * float(correct) / len(labels)
+        inputs = {"student_features": student_features, "student_centroids": student_centroids}
+        return mean_of_kept(total, keep, None, **inputs), 100 * float(correct) / len(labels)
 
 
 class _Soft(PrototypeLoss):

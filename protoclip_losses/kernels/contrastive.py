@@ -153,15 +153,9 @@ class _Pass:
         return grad_image, self.ranks.sum(grad_texts)[self.own].mul(self.scale / 2), grad_scale
 
 
-def _alone(
-    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_gradient: bool, with_accuracy: bool
-) -> Result:
-    return pair_nll(image, text, scale, chunk, keep, with_gradient, with_accuracy)
-
-
 pair_nll_operator = torch.library.custom_op(
     "protoclip_losses::pair_nll",
-    _alone,
+    pair_nll,
     mutates_args=(),
     schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool keep, bool with_gradient, bool with_accuracy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -59,8 +59,7 @@ def label_nll(
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
             if with_accuracy:
-                first = logits.gather(1, label[:, None])[:, 0] >= logits.amax(1)
-                correct += (first if keep is None else first & keep[rows]).sum()
+                correct += label_first(logits, label, None if keep is None else keep[rows])
             lacking, nll = softmax_nll(logits, label, h, prototypes, scale)
             total += (nll if keep is None else nll * keep[rows]).sum()
             if offsets is not None:
@@ -76,6 +75,12 @@ def label_nll(
             if with_prototype_gradient:
                 grad_prototypes += residual.T @ (h * scale).to(features.dtype)
     return total, correct, grad_features, grad_prototypes, grad_scale
+
+
+def label_first(logits: Tensor, labels: Tensor, keep: Tensor | None) -> Tensor:
+    """How many rows (of those in ``keep``) no logit of which is larger than the label's."""
+    first = logits.gather(1, labels[:, None])[:, 0] >= logits.amax(1)
+    return (first if keep is None else first & keep).sum()
 
 
 label_nll_operator = torch.library.custom_op(
@@ -133,11 +138,7 @@ def dense_nll_sum(
     logits = (features * scale) @ prototypes.T
     if valid is not None:
         logits = logits.masked_fill(~valid, -torch.inf)
-    correct = scale.new_zeros(())
-    if with_accuracy:
-        best = logits.detach()
-        first = best.gather(1, labels[:, None])[:, 0] >= best.amax(1)
-        correct = (first if keep is None else first & keep).sum().to(scale.dtype)
+    correct = label_first(logits.detach(), labels, keep).to(scale.dtype) if with_accuracy else scale.new_zeros(())
     if keep is None:
         total = F.cross_entropy(logits, labels, reduction="sum")
     else:

@@ -186,9 +186,9 @@ class ProtoLoss(nn.Module):
             for i, term in enumerate(self._terms):
                 h = projected[term.student]
                 safe = labels[i].where(keeps[i], 0)
+                scale_of, offsets = scales[term.student], term.offset_rows(safe)
                 total, correct = prototype_sum(
-                    *(h, term.prototypes, safe, keeps[i], scales[i], term.offset_rows(safe), term.valid, self.chunk_size),
-                    with_accuracy=True,
+                    h, term.prototypes, safe, keeps[i], scale_of, offsets, term.valid, self.chunk_size, with_accuracy=True
                 )
                 share = term.weight * world_size(group) * total / counts[i]
                 parts[term.part] = parts[term.part] + share
@@ -210,8 +210,8 @@ class ProtoLoss(nn.Module):
         proto_scale: Tensor | float,
         index: Tensor | None,
         teachers: Mapping[str, Tensor],
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Check the inputs; return InfoNCE's scale, each term's scale and each term's labels of this batch."""
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """Check the inputs; return InfoNCE's scale, each student's scale and each term's labels of this batch."""
         if not self._is_set:
             raise RuntimeError(
                 "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
@@ -224,19 +224,19 @@ class ProtoLoss(nn.Module):
         if index is not None:
             check.integers("index", index, length=batch, of=" as image_features has rows")
         labels_of = self._labels_of(projected, teachers, index)
-        scales, labels = [], []
-        for term in self._terms:
-            if term.student not in projected:
-                raise ValueError(f"features must hold the projected features of {term.student!r}, got {sorted(projected)}")
-            h = projected[term.student]
-            width = term.prototypes.shape[1]
-            check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
+        scales: dict[str, Tensor] = {}
+        for student in dict.fromkeys(term.student for term in self._terms):
+            if student not in projected:
+                raise ValueError(f"features must hold the projected features of {student!r}, got {sorted(projected)}")
+            h = projected[student]
             if check.values_are_checked(h, self.check_values):
-                check.finite(f"projected features of {term.student!r}", h)
+                check.finite(f"projected features of {student!r}", h)
+            scales[student] = check.scale("logit_scale_proto", proto_scale, h, self.check_values)
+        for term in self._terms:
+            h, width = projected[term.student], term.prototypes.shape[1]
+            check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
             term.to(h.device)
-            scales.append(check.scale("logit_scale_proto", proto_scale, h, self.check_values))
-            labels.append(labels_of(term))
-        return scale, scales, labels
+        return scale, scales, [labels_of(term) for term in self._terms]
 
     def _labels_of(
         self, projected: Mapping[str, Tensor], teachers: Mapping[str, Tensor], index: Tensor | None

@@ -1,6 +1,5 @@
 """The prototype loss on a pair of centroid tensors."""
 
-import math
 import weakref
 from typing import Any
 
@@ -11,9 +10,8 @@ from .. import _checks as check
 from ..functional.prototypes import (
     base_prototypes,
     check_term,
-    explain_non_finite,
     made_in_inference_mode,
-    number_kept,
+    mean_of_kept,
     prototype_sum,
     soft_target_rows,
 )
@@ -95,11 +93,12 @@ class PrototypeLoss(nn.Module):
         offsets = None if hard else self._offsets(student_centroids, teacher_centroids, safe, valid)
         base = base_prototypes(safe, valid)
         total, _ = prototype_sum(student_features, student_centroids, base, keep, scale, offsets, valid, self.chunk_size)
-        if check.values_are_checked(student_features, self.check_values) and not math.isfinite(float(total.detach())):
-            explain_non_finite(
-                keep, student_features=student_features, student_centroids=student_centroids, teacher_centroids=teacher_centroids
-            )
-        return total / number_kept(keep, student_features)
+        inputs = {
+            "student_features": student_features,
+            "student_centroids": student_centroids,
+            "teacher_centroids": teacher_centroids,
+        }
+        return mean_of_kept(total, keep, self.check_values, **inputs)
 
     def _offsets(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         temperature = self.target_temperature

@@ -86,3 +86,18 @@ def ranks(request, tmp_path_factory):
 def test_on(ranks, case):
     if problem := spawn.failure(case, *ranks):
         pytest.fail(problem, pytrace=False)
+
+
+@pytest.mark.parametrize("temperature", [-1, 0.1])
+def test_a_loss_that_is_not_finite_names_its_input(temperature):
+    features, centroids = torch.eye(3), torch.eye(3)
+    features[1, 0] = float("nan")
+    with pytest.raises(ValueError, match="student_features must be finite, got NaN or Inf: 1 of 3 rows, the first at 1"):
+        ProtoLoss()(
+            student_features=features,
+            student_centroids=centroids,
+            teacher_centroids=centroids,
+            logit_scale_student=1.0,
+            teacher_temperature=temperature,
+            labels=torch.tensor([0, 1, 2]),
+        )
