@@ -163,7 +163,7 @@ class OnlinePrototypes(Terms):
             self.num_prototypes, niter=self.niter, tol=0, seed=self.seed, max_dropped=1, process_group=group or False
         )
         queues = {name: self._queue[name][rows.to(self._queue[name].device)] for name in teachers}
-        centroids = {name: clusterer._fit(x, self._number[rows].to(x.device), None).centroids for name, x in queues.items()}
+        centroids = {name: clusterer.fit(x, index=self._number[rows].to(x.device)).centroids for name, x in queues.items()}
         self._accumulate(rows, centroids, students)
         self._renew(centroids, group)
 

@@ -43,7 +43,11 @@ def test_most_of_the_work_is_left_out(monkeypatch):
     features = spread(3000, 8)
     scored = []
     real = Scores.best
-    monkeypatch.setattr(Scores, "best", lambda self, block: (scored.append(len(block) * self.count), real(self, block))[1])
+    monkeypatch.setattr(
+        Scores,
+        "best",
+        lambda self, block: (scored.append(len(block) * int(self.half_norms.isfinite().sum())), real(self, block))[1],
+    )
     clusters = EpisodicClusterer(300, backend="torch", niter=30, tol=0).fit(features)
     assert len(clusters.report.objectives) > 8
     assert sum(scored) < 0.5 * len(clusters.report.objectives) * 3000 * 300
@@ -98,6 +102,28 @@ def test_a_draw_does_not_depend_on_the_order_of_rows_but_on_their_places():
     one = torch_engine.kmeans(rows_of(features), 20, SETTINGS)
     other = torch_engine.kmeans(Rows(features[order], order, [200], None), 20, SETTINGS)
     assert torch.allclose(one.centroids, other.centroids, atol=1e-5)
+
+
+def test_rows_are_taken_in_the_order_of_their_index():
+    features = spread(200, 3)
+    order = torch.randperm(200, generator=seeded(4))
+    clusterer = EpisodicClusterer(20, tol=0)
+    one, other = clusterer.fit(features), clusterer.fit(features[order], index=10 * order)
+    assert torch.allclose(one.centroids, other.centroids, atol=1e-5)
+    assert torch.equal(one.labels[order], other.labels)
+    assert not torch.allclose(one.centroids, clusterer.fit(features[order]).centroids, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (torch.arange(199), ValueError, "index must have 200 entries as features has rows, got 199"),
+        (torch.arange(200.0), TypeError, "index must be int64"),
+    ],
+)
+def test_a_bad_index_is_named(index, error, message):
+    with pytest.raises(error, match=message):
+        EpisodicClusterer(20).fit(spread(200, 3), index=index)
 
 
 SETTINGS = Settings(niter=20, tol=0.0, nredo=1, spherical=False, seed=0, device=torch.device("cpu"))

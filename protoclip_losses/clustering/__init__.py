@@ -1,6 +1,7 @@
 """Episodic clustering: K-means of an episode's features, and the prototypes made from it. One file per engine."""
 
-from .clusterer import Clusters, EpisodicClusterer
+from .clusterer import EpisodicClusterer
+from .clusters import Clusters
 from .prototypes import Prototypes, PrototypeTerm
 from .report import ClusteringReport, EpisodeReport
 

@@ -43,21 +43,25 @@ class Scores:
     r"""Scores :math:`x \cdot c_k - \tfrac{1}{2} \|c_k\|^2` of blocks of at most ``step`` rows, in one buffer."""
 
     def __init__(self, centroids: Tensor) -> None:
-        padding = -len(centroids) % GROUPS
-        self.count = len(centroids)
-        self.columns = torch.nn.functional.pad(centroids, (0, 0, 0, padding)).T
-        self.half_norms = torch.nn.functional.pad(centroids.square().sum(1) / 2, (0, padding), value=torch.inf)
+        count, width = centroids.shape
+        self.inside = -(-count // GROUPS)
+        # A group's centroids have successive numbers and lie GROUPS columns apart: a maximum over groups runs along rows.
+        groups = torch.nn.functional.pad(centroids, (0, 0, 0, GROUPS * self.inside - count)).view(GROUPS, self.inside, width)
+        self.columns = groups.transpose(0, 1).reshape(-1, width).T
+        self.half_norms = self.columns.square().sum(0) / 2
+        missing = torch.arange(GROUPS * self.inside, device=centroids.device).view(GROUPS, self.inside).T.flatten() >= count
+        self.half_norms[missing] = torch.inf
         self.step = rows_per_block(len(self.half_norms), torch.float32, None)
         self.buffer = centroids.new_empty((self.step, len(self.half_norms)))
 
     def best(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's highest score, its column (the lowest among equals), and the highest score of the other columns."""
         scores = torch.addmm(self.half_norms, block, self.columns, beta=-1, out=self.buffer[: len(block)])
-        groups = scores.view(len(block), GROUPS, scores.shape[1] // GROUPS)
-        highest = groups.amax(2)
+        groups = scores.view(len(block), self.inside, GROUPS)
+        highest = groups.amax(1)
         value, group = highest.max(1)
-        inside = groups[torch.arange(len(block), device=block.device), group]
+        inside = groups[torch.arange(len(block), device=block.device), :, group]
         place = inside.argmax(1)
         others = inside.scatter_(1, place[:, None], -torch.inf).amax(1)
         second = highest.scatter_(1, group[:, None], others[:, None]).amax(1)
-        return value, group * groups.shape[2] + place, second
+        return value, group * self.inside + place, second

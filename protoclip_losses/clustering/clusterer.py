@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,35 +11,15 @@ from .. import _checks as check
 from ..distributed import Group, active_group, agree, gather_rows, rank, sum_over_ranks
 from ..episodes import FeatureBank
 from .assign import assign
+from .clusters import Clusters, finite_points, places
 from .engines import BACKENDS, ENGINES, choose
 from .episode import agreements, back_translated, compare, first_occurrences, modalities, with_teachers
 from .prototypes import Prototypes
 from .report import ClusteringReport, EpisodeReport
-from .rows import Rows, Settings, finite_rows, wide
+from .rows import Rows, Settings, wide
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """A clustering of N rows.
-
-    Attributes:
-        centroids: (K, D) float32, the same on every rank; not normalised unless ``spherical``.
-        labels: (N,) int64 of this rank's rows; -1 where the row was not finite.
-        counts: (K,) int64, members of each cluster over all ranks; 0 where nobody is in it.
-        objective: sum of squared distances to the assigned centroids, over all ranks.
-        dropped: rows of all ranks that held NaN or Inf and were left out.
-        report: how it went.
-    """
-
-    centroids: Tensor
-    labels: Tensor
-    counts: Tensor
-    objective: float
-    dropped: int
-    report: ClusteringReport
 
 
 class EpisodicClusterer:
@@ -110,32 +89,30 @@ class EpisodicClusterer:
         self.report: EpisodeReport | None = None
         self.previous: Prototypes | None = None
 
-    def fit(self, features: Tensor, *, init: Tensor | None = None) -> Clusters:
+    def fit(self, features: Tensor, *, init: Tensor | None = None, index: Tensor | None = None) -> Clusters:
         """Cluster this rank's rows (N, D) together with those of all ranks.
 
         Args:
             features: (N, D), this rank's rows.
             init: (K, D) centroids to start from, the same on every rank; None draws rows.
+            index: (N,) int64, the number of each row: K-means takes rows in its order, so that which rank holds which does not
+                matter. None is their own order, rank by rank.
 
         Raises:
-            TypeError: features that are not floating point.
+            TypeError: features that are not floating point, an index that is not int64.
             ValueError: fewer finite rows than prototypes, more NaN or Inf than ``max_dropped`` allows, values that float32
                 cannot square.
             RuntimeError: faiss is asked for a GPU and the installed one has none.
         """
-        return self._fit(features, None, init)
-
-    def _fit(self, features: Tensor, index: Tensor | None, init: Tensor | None) -> Clusters:
-        """:meth:`fit`; rows with a sample index are taken in its order, whichever rank holds them."""
         start = time.perf_counter()
         group = active_group(self.process_group)
         (finite, points), sizes = agree(
-            lambda: self._finite_points(features, init),
+            lambda: finite_points(features, index, init, self.num_prototypes),
             group,
             len(features) if isinstance(features, Tensor) and features.dim() else 0,
-            same=lambda: (features.shape[1], features.dtype, self.num_prototypes, init is None),
+            same=lambda: (features.shape[1], features.dtype, self.num_prototypes, init is None, index is None),
         )
-        _, kept_sizes = agree(lambda: None, group, len(points))
+        kept_sizes = agree(lambda: None, group, len(points))[1]
         total, kept = sum(sizes), sum(kept_sizes)
         if total - kept > self.max_dropped * total:
             raise ValueError(
@@ -146,12 +123,9 @@ class EpisodicClusterer:
                 f"features must have at least as many finite rows as num_prototypes={self.num_prototypes}, got {kept}; "
                 "about 10 rows per prototype is usual"
             )
-        before = sum(kept_sizes[: rank(group)])
-        place = torch.arange(before, before + len(points), device=points.device)
-        if index is not None:
-            place = gather_rows(index[finite], kept_sizes, group).argsort().argsort()[place]
         backend, reason = choose(self.backend, self.device or features.device)
         device = self.device or (features.device if backend == "torch" else torch.device("cpu"))
+        place = places(None if index is None else index[finite], points, kept_sizes, group)
         if backend == "torch":
             points, place = points.to(device), place.to(device)
         settings = Settings(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init)
@@ -174,25 +148,6 @@ class EpisodicClusterer:
             seconds={"kmeans": clustered - start, "assign": time.perf_counter() - clustered},
         )
         return Clusters(run.centroids.to(features.device), labels, counts, objective, total - kept, report)
-
-    def _finite_points(self, features: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Which rows are finite, and those rows, which are the features themselves where all are."""
-        check.matrix("features", features)
-        if features.shape[1] == 0:
-            raise ValueError("features must have a width of at least 1, got 0")
-        if init is not None:
-            check.matrix(
-                "init", init, rows=self.num_prototypes, width=features.shape[1], of=" as num_prototypes and features say"
-            )
-            check.finite("init", init)
-        features = features.detach()
-        finite = finite_rows(features)
-        points = features if bool(finite.all()) else features[finite]
-        largest = max((abs(float(x)) for x in points.aminmax()), default=0.0) if len(points) else 0.0
-        if not largest < 1e18 / features.shape[1] ** 0.5:
-            raise ValueError(f"features must be small enough for float32 to hold their squared distances, got {largest:.3g}")
-        # Features of float64 are clustered in float32 like all others.
-        return finite, points.float() if points.dtype == torch.float64 else points
 
     def build(self, bank: FeatureBank, teachers: "Sequence[TeacherAdapter] | Mapping[str, TeacherAdapter]" = ()) -> Prototypes:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
@@ -227,7 +182,7 @@ class EpisodicClusterer:
         seconds = {"collect": time.perf_counter() - start, "back_translate": 0.0}
         terms, reports = {}, {}
         for teacher, source in sources.items():
-            clusters = self._fit(source, own_index, self._start(teacher, source.shape[1]))
+            clusters = self.fit(source, init=self._start(teacher, source.shape[1]), index=own_index)
             reports[teacher] = clusters.report
             start = time.perf_counter()
             labels = gather_rows(clusters.labels, owned_sizes, group)[order]
