@@ -4,6 +4,7 @@
     python benchmarks/clustering.py --cases features.npy --repeats 2    # your own (N, D) rows
     python benchmarks/clustering.py --cases mixture/200000/20000/128 --repeats 1 --peer-redo 1
     python benchmarks/clustering.py --memory     # peak memory at N = 1,000,000 and K = 5,000
+    python benchmarks/clustering.py --ranks 1 2  # processes of one thread each, which share the rows
     python benchmarks/clustering.py --csv out.csv
 
 The peer is ``faiss.Kmeans(niter=20, nredo=3)`` on all rows and a search of its index for the labels. Round r gives every engine
@@ -14,15 +15,20 @@ import argparse
 import csv
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from measure import in_new_process, machine, peak_extra_bytes, ratio
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from protoclip_losses import EpisodicClusterer
 
@@ -100,6 +106,41 @@ def memory_of(case: str) -> int:
     return peak_extra_bytes(lambda: EpisodicClusterer(5000, backend=backend, niter=2).fit(features))
 
 
+def on_rank(rank: int, world_size: int, case: str, folder: str) -> None:
+    """Time of K-means over all ranks, and the first rank's memory, on its last line."""
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/{world_size}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
+    features, columns = features_of(case)
+    own = features[rank::world_size].clone()
+    del features
+    fit = EpisodicClusterer(columns, backend="torch").fit
+    EpisodicClusterer(64, backend="torch").fit(own[:1000])
+    extra = peak_extra_bytes(lambda: fit(own))
+    times = []
+    for _ in range(3):
+        dist.barrier()
+        start = time.perf_counter()
+        fit(own)
+        times.append(time.perf_counter() - start)
+    if rank == 0:
+        megabytes = [own.numel() * own.element_size() / 1e6, extra / 1e6]
+        Path(folder, f"{world_size}.json").write_text(json.dumps([statistics.median(times), *megabytes]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def over_ranks(case: str, world_sizes: list[int]) -> None:
+    print("| case | processes | seconds | one process / it | its features MB | peak extra MB |\n|---|---|---|---|---|---|")
+    first = None
+    for world_size in world_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            spawn(on_rank, (world_size, case, folder), world_size)  # type: ignore[no-untyped-call]
+            seconds, held, extra = json.loads(Path(folder, f"{world_size}.json").read_text())
+        first = first or seconds
+        print(f"| {case} | {world_size} | {seconds:.2f} | {first / seconds:.2f} | {held:.0f} | {extra:.0f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=CASES, help="mixture/N/K/D, sphere/N/K/D, or a .npy file of N rows")
@@ -108,6 +149,7 @@ def main() -> None:
     parser.add_argument("--peer-redo", type=int, default=3, help="nredo of faiss itself; its time is proportional to it")
     parser.add_argument("--csv", help="also write every time and objective as a row of this file")
     parser.add_argument("--memory", action="store_true", help="measure memory and nothing else")
+    parser.add_argument("--ranks", nargs="*", type=int, help="numbers of processes to measure, and nothing else")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -115,6 +157,10 @@ def main() -> None:
         return
     faiss.omp_set_num_threads(torch.get_num_threads())
     print(machine("cpu") + f", faiss {faiss.__version__}")
+    if args.ranks:
+        for case in args.cases:
+            over_ranks(case, args.ranks)
+        return
     if args.memory:
         print("| N 1,000,000, K 5,000, D 32 | features MB | peak extra MB |\n|---|---|---|")
         for case in MEMORY:
