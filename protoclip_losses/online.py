@@ -42,7 +42,8 @@ class OnlinePrototypes(Terms):
             process where all give equal numbers of rows and these divide ``queue_size / W``.
         every: steps from one set of prototypes to the next.
         warmup: steps before the first; InfoNCE alone is trained meanwhile.
-        calls_per_step: calls of the loss for the same samples, of which the first counts (open_clip's ``--accum-freq``).
+        calls_per_step: calls of the loss for the same samples (open_clip's ``--accum-freq``). The last of them takes the samples
+            in, so that all have the same prototypes.
         niter: iterations of the K-means after warm-up.
         seed: of that K-means.
 
@@ -113,7 +114,7 @@ class OnlinePrototypes(Terms):
             ValueError: other names or widths than before, or too few samples in the queue after ``warmup`` steps.
         """
         self.calls += 1
-        if (self.calls - 1) % self.calls_per_step:
+        if self.calls % self.calls_per_step:
             return
         features = {**students, **teachers}
         self.check(features)

@@ -193,12 +193,13 @@ def test_evaluation_takes_nothing_in():
     assert prototypes.step == WARMUP
 
 
-def test_of_several_calls_for_the_same_samples_the_first_counts():
+def test_of_several_calls_for_the_same_samples_the_last_counts():
     once, thrice = online(), online(calls_per_step=3)
     for step in range(WARMUP + EVERY):
-        take(once, step)
         for _ in range(3):
+            assert thrice.version == once.version  # the same prototypes in all three
             take(thrice, step)
+        take(once, step)
     for key, term in once.terms.items():
         assert torch.equal(term.prototypes, thrice.terms[key].prototypes)
 
