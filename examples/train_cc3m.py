@@ -1,8 +1,10 @@
 """Train ProtoCLIP, or the CLIP it is compared with, on image-text pairs. Read it from top to bottom.
 
-The embedded pairs (emoji from pip packages) on two CPU cores, in under five minutes, then the same with plain CLIP:
+The embedded pairs (emoji from pip packages) on two CPU cores, in under five minutes, then the same with plain CLIP, and
+with prototypes from a queue of recent features instead of an extraction pass over each episode:
     python examples/train_cc3m.py
     python examples/train_cc3m.py --method clip
+    python examples/train_cc3m.py --method online
 
 Conceptual Captions as img2dataset writes it, an open_clip model, the paper's recipe for one GPU:
     python examples/train_cc3m.py --train-data 'cc3m/{00000..00331}.tar' --model RN50-quickgelu --workers 8 --episodes 100 \
@@ -40,15 +42,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from encoders import DualEncoder, build_model, minilm_encoder
+from encoders import DualEncoder, build_model
 from evaluate import report
-from first_pass import number_pairs
-from pairs import Pairs, emoji_pairs, hold_out, load_batches
+from pairs import load_batches
 from run_folder import Metrics, StopSignal, load_checkpoint, open_run_dir, resumed_arguments, save_checkpoint
+from sources import load_pairs, load_teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from protoclip_losses import EpisodeSampler, EpisodicClusterer, FeatureBank, ProtoLoss, TeacherAdapter
+from protoclip_losses import EpisodeSampler, EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss
 
 log = logging.getLogger("train")
 EXTRACTION, TRAINING = 0, 1  # phases of an episode; each draws its own augmentation
@@ -62,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--held-out", type=float, help="share of concepts held out (0.2 of the emoji, 0.02 of files)")
     data.add_argument("--workers", type=int, default=2, help="processes that decode pictures from files")
     method = p.add_argument_group("method")
-    method.add_argument("--method", choices=("protoclip", "clip"), default="protoclip")
+    method.add_argument("--method", choices=("protoclip", "online", "clip"), default="protoclip")
     method.add_argument("--episodes", type=int, default=16)
     method.add_argument("--episode-size", type=int, help="pairs per episode; default: all training pairs, at most 200,000")
     method.add_argument("--warmup-episodes", type=int, default=1, help="first episodes with InfoNCE only")
@@ -71,6 +73,8 @@ def parse_arguments() -> argparse.Namespace:
     method.add_argument("--cluster-iterations", type=int, default=20)
     method.add_argument("--cluster-restarts", type=int, default=1, help="K-means runs, the best of which is kept")
     method.add_argument("--cluster-device", default="cpu", help="where K-means runs: cpu or cuda")
+    method.add_argument("--queue-size", type=int, help="online: recent pairs that are clustered; default: 10 per prototype")
+    method.add_argument("--renew-every", type=int, help="online: steps between prototypes; default: those that fill the queue")
     method.add_argument("--target-temperature", type=float, default=0.01, help="of soft targets; 0 or less: hard targets")
     method.add_argument("--weight-clip", type=float, default=1.0)
     method.add_argument("--weight-proto", type=float, default=1.0)
@@ -98,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     args = p.parse_args()
     if args.resume:
         args = resumed_arguments(p, args.run_dir)
-    for name in ("episodes", "episode_size", "num_prototypes", "batch_size", "save_every", "log_every", "teacher_width"):
+    counts = ("episodes", "episode_size", "num_prototypes", "batch_size", "save_every", "log_every", "teacher_width")
+    for name in (*counts, "queue_size", "renew_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.held_out is not None and not 0 < args.held_out < 1:
@@ -136,10 +141,12 @@ def main() -> None:
     train, held_out = load_pairs(args, run_dir, inputs.decoded_side, rank, world_size)
     episode_size = args.episode_size or min(len(train), 200_000)
     num_prototypes = args.num_prototypes or max(1, episode_size // 10)
+    queue_size = args.queue_size or 10 * num_prototypes
     steps_per_episode = episode_size // args.batch_size
     for wrong, message in (
         (episode_size > len(train), f"--episode-size {episode_size} is more than the {len(train)} training pairs"),
         (num_prototypes > episode_size, f"--num-prototypes {num_prototypes} is more than the {episode_size} pairs of an episode"),
+        (queue_size < num_prototypes, f"--queue-size {queue_size} is less than the {num_prototypes} prototypes"),
         (steps_per_episode < 1, f"--batch-size {args.batch_size} is more than the {episode_size} pairs of an episode"),
         (args.batch_size % world_size > 0, f"--batch-size {args.batch_size} does not divide over {world_size} processes"),
         (
@@ -150,7 +157,7 @@ def main() -> None:
         if wrong:
             raise SystemExit(message)
     own_batch = args.batch_size // world_size
-    clip_only = args.method == "clip"
+    clip_only, online = args.method == "clip", args.method == "online"
     teachers = {} if clip_only else load_teacher(args, train, run_dir, device)
 
     # ---- loss, clustering, optimiser --------------------------------------------------------------------------------
@@ -185,7 +192,8 @@ def main() -> None:
         model.load_state_dict(shared["model"])
         optimizer.load_state_dict(shared["optimizer"])
         scaler.load_state_dict(shared["scaler"])
-        loss.load_state_dict(shared["loss"])
+        loss.load_state_dict((own_state if online else shared)["loss"])
+        clusterer.load_state_dict(shared["clusterer"])
         torch.set_rng_state(own_state["rng"])
         if use_cuda:
             torch.cuda.set_rng_state(own_state["cuda_rng"])
@@ -206,7 +214,7 @@ def main() -> None:
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
-            "loss": loss.state_dict(),
+            "clusterer": clusterer.state_dict(),
             "metrics_bytes": metrics.flush(),
         }
         own = {
@@ -214,6 +222,7 @@ def main() -> None:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if use_cuda else None,
         }
+        (own if online else shared)["loss"] = loss.state_dict()  # each rank has a queue of its own
         save_checkpoint(run_dir, at["saves"], rank, world_size, shared, own)
 
     def batch_done() -> None:
@@ -237,10 +246,15 @@ def main() -> None:
         title = f"episode {episode.number + 1}/{args.episodes}"
         clock = time.time()
 
-        if contrastive:
-            if at["stage"] == "extraction":
-                at["stage"] = "training"
+        if at["stage"] == "extraction" and (contrastive or online):
+            at["stage"] = "training"
+            if still or not online:
                 loss.set_prototypes(None)
+            elif episode.number == 0:
+                # From here on the loss does it all: the queue, the first K-means after warm-up, and new prototypes as it goes.
+                every = args.renew_every or max(1, queue_size // args.batch_size)
+                warmup = max(args.warmup_episodes * steps_per_episode, math.ceil(num_prototypes / args.batch_size))
+                loss.set_prototypes(OnlinePrototypes(num_prototypes, queue_size, every, warmup, seed=args.seed))
         elif at["stage"] == "extraction":
             # 1. Features of the whole episode: eval mode, no gradient, training augmentation.
             bank = FeatureBank(own, args.projection_width)
@@ -269,6 +283,8 @@ def main() -> None:
             log.info("%s: clustered in %.1f s", title, time.time() - clustering)
             seconds = {"extraction_seconds": clustering - clock, "clustering_seconds": time.time() - clustering}
             metrics.log_scalars("episode", seconds, at["step"])
+            assert clusterer.report is not None  # as it has just built
+            metrics.log_scalars("clustering", clusterer.report.scalars(), at["step"])
             bank = None
             at["stage"], at["done"] = "training", 0
             save()
@@ -284,7 +300,10 @@ def main() -> None:
                 group["lr"] = 0.0 if still and group["visual"] else rate
             with torch.autocast(device.type, low, enabled=low is not None):
                 crops = inputs.augment(pictures.to(device), index, args.seed, episode.number, TRAINING)
-                parts = loss(**ddp(crops, tokens.to(device)), index=index.to(device), output_dict=True)
+                labels: dict[str, Any] = {"index": index.to(device)}
+                if online:  # a label is the centroid nearest to the feature itself, the teacher's too
+                    labels = {"teacher_features": {name: teacher[index].to(device) for name, teacher in teachers.items()}}
+                parts = loss(**ddp(crops, tokens.to(device)), **labels, output_dict=True)
                 total = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(total).backward()
@@ -314,53 +333,6 @@ def main() -> None:
     if rank == 0:
         encoders = {"random encoder": new_model()[0].to(device), f"trained, {args.method}": model}
         report(encoders, inputs, train, held_out, device, args.workers, run_dir)
-
-
-def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, world_size: int) -> tuple[Pairs, Pairs]:
-    """(training pairs, held-out pairs). Rank 0 numbers files first and the others read the index it leaves."""
-    if rank > 0:
-        dist.barrier()
-    if args.train_data is None:
-        pairs = emoji_pairs(side)
-        log.info("embedded emoji: Twemoji (CC BY 4.0, Twitter and contributors) and OpenMoji (CC BY-SA 4.0) drawings")
-    else:
-        pairs = number_pairs(args.train_data, run_dir / "train_pairs.npz", side, args.workers)
-    if args.val_data is not None:
-        train, held_out = pairs, number_pairs(args.val_data, run_dir / "val_pairs.npz", side, args.workers)
-    else:
-        train, held_out = hold_out(pairs, args.held_out or (0.2 if args.train_data is None else 0.02))
-    if rank == 0:
-        # Row i of a teacher file is the teacher's feature of line i.
-        with open(run_dir / "train_captions.txt", "w", encoding="utf-8") as file:
-            file.writelines(f"{caption}\n" for caption in train.captions)
-        if world_size > 1:
-            dist.barrier()
-    log.info("%s training pairs, %s held out", f"{len(train):,}", f"{len(held_out):,}")
-    for name, part in (("training", train), ("held-out", held_out)):
-        if len(part) < 2:
-            raise SystemExit(f"{len(part)} {name} pairs of {len(pairs)}: bring more data, or change --held-out or --val-data")
-    return train, held_out
-
-
-def load_teacher(args: argparse.Namespace, train: Pairs, run_dir: Path, device: torch.device) -> dict[str, TeacherAdapter]:
-    """External teachers by name; a row per training pair each."""
-    if args.teacher == "none":
-        return {}
-    width = min(args.teacher_width, len(train))
-    if args.teacher == "minilm":
-        cache = run_dir / "minilm.npy"
-        return {"minilm": TeacherAdapter.from_encoder(minilm_encoder(device), list(train.captions), cache=cache, dim=width)}
-    if not Path(args.teacher).is_file():
-        raise SystemExit(f"--teacher {args.teacher}: no such file; wanted minilm, none, or a .npy file")
-    teacher = TeacherAdapter.from_file(args.teacher)
-    if len(teacher) != len(train):
-        raise SystemExit(
-            f"--teacher {args.teacher} has {len(teacher)} rows and there are {len(train)} training pairs: wanted a row for each "
-            f"line of {run_dir / 'train_captions.txt'}, in that order"
-        )
-    if width < teacher.dim:
-        teacher = TeacherAdapter.from_file(args.teacher, dim=width)
-    return {Path(args.teacher).stem: teacher}
 
 
 def parameter_groups(model: DualEncoder, weight_decay: float) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def main() -> None:
     only: Tensor | None = None  # its samples that have a prototype, of this rank; None: no prototypes, and all samples
     kept: dict[str, Any] | None = None  # how far the interrupted pass was
     metrics, stop = Metrics(run_dir, rank), StopSignal()
-    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss": loss}
+    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss": loss, "clusterer": clusterer}
     if args.resume:
         loaded = load_checkpoint(run_dir, rank, world_size)
         if loaded is not None:
@@ -204,6 +204,8 @@ def main() -> None:
             only, collector = collector.index, FeatureCollector(dim=128)
             seconds = {"extraction_seconds": clustering - clock, "clustering_seconds": time.time() - clustering}
             metrics.log_scalars("episode", {**seconds, "samples": len(only)}, at["step"])
+            assert clusterer.report is not None  # as it has just built
+            metrics.log_scalars("clustering", clusterer.report.scalars(), at["step"])
         elif at["stage"] == EXTRACTION:
             loss.set_prototypes(None)
         if at["stage"] == EXTRACTION:

@@ -1,6 +1,6 @@
 """Online mode: prototypes for hosts whose loss never sees a sample index, from features that training has computed anyway."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class OnlinePrototypes(Terms):
             process where all give equal numbers of rows and these divide ``queue_size / W``.
         every: steps from one set of prototypes to the next.
         warmup: steps before the first; InfoNCE alone is trained meanwhile.
-        calls_per_step: calls of the loss for the same samples, of which the first counts (open_clip's ``--accum-freq``).
+        calls_per_step: calls of the loss for the same samples (open_clip's ``--accum-freq``). The last of them takes the samples
+            in, so that all have the same prototypes.
         niter: iterations of the K-means after warm-up.
         seed: of that K-means.
 
@@ -98,6 +99,7 @@ class OnlinePrototypes(Terms):
         teachers: Mapping[str, Tensor],
         group: Group | None = None,
         sizes: Sequence[int] = (),
+        labels: Mapping[str, Tensor] = {},
     ) -> None:
         """Take in a batch: features of each modality and of each external teacher, one row a sample.
 
@@ -106,24 +108,29 @@ class OnlinePrototypes(Terms):
             teachers: external teachers' features (B, D_E) by name.
             group: the ranks that train together, None on one process.
             sizes: rows that each of them gives in this step.
+            labels: what :meth:`labels` says of this batch, by teacher, where the loss has asked already.
 
         Raises:
             ValueError: other names or widths than before, or too few samples in the queue after ``warmup`` steps.
         """
         self.calls += 1
-        if (self.calls - 1) % self.calls_per_step:
+        if self.calls % self.calls_per_step:
             return
-        self.check({**students, **teachers})
-        self._push({**students, **teachers}, group, sizes)
+        features = {**students, **teachers}
+        self.check(features)
+        self._push(features, group, sizes)
         self.step += 1
         if not self.terms:
             if self.step >= self.warmup:
-                self._begin([*students, *teachers], list(students), group)
+                self._begin(list(students), group)
             return
-        turn = (self._came >= 0) & ((self.step - self._came) % self.every == 0)
-        self._accumulate(turn.nonzero()[:, 0], self._centroids(), list(students))
+        centroids = self._centroids()
+        found = {name: labels[name] if name in labels else _assigned(features[name], at) for name, at in centroids.items()}
+        self._accumulate(features, found, students)
+        earlier = self._rows((self._came >= 0) & (self._came < self.step) & ((self.step - self._came) % self.every == 0))
+        self._accumulate(earlier, {name: _assigned(earlier[name], at) for name, at in centroids.items()}, students)
         if (self.step - self.warmup) % self.every == 0:
-            self._renew(self._centroids(), group)
+            self._renew(centroids, group)
 
     def check(self, features: Mapping[str, Tensor]) -> None:
         """Raise ValueError if these are other modalities and teachers, or of other widths, than in the first step."""
@@ -150,7 +157,11 @@ class OnlinePrototypes(Terms):
             queue[place[kept].to(x.device)] = x[kept].float()
         self._number[place[kept]], self._came[place[kept]] = number[kept], self.step + 1
 
-    def _begin(self, teachers: Sequence[str], students: Sequence[str], group: Group | None) -> None:
+    def _rows(self, which: Tensor) -> dict[str, Tensor]:
+        """These rows of the queue."""
+        return {name: x[which.to(x.device)] for name, x in self._queue.items()}
+
+    def _begin(self, students: Sequence[str], group: Group | None) -> None:
         """K-means over the queue, and the first prototypes."""
         held = int(sum_over_ranks((self._number >= 0).sum(), group))
         if held < self.num_prototypes:
@@ -158,28 +169,26 @@ class OnlinePrototypes(Terms):
                 f"warmup={self.warmup} steps must leave at least num_prototypes={self.num_prototypes} samples in the queue, "
                 f"got {held}"
             )
-        rows = (self._number >= 0).nonzero()[:, 0]
+        held_here = self._number >= 0
+        number, queue = self._number[held_here], self._rows(held_here)
         clusterer = EpisodicClusterer(
             self.num_prototypes, niter=self.niter, tol=0, seed=self.seed, max_dropped=1, process_group=group or False
         )
-        queues = {name: self._queue[name][rows.to(self._queue[name].device)] for name in teachers}
-        centroids = {name: clusterer.fit(x, index=self._number[rows].to(x.device)).centroids for name, x in queues.items()}
-        self._accumulate(rows, centroids, students)
+        centroids = {name: clusterer.fit(x, index=number.to(x.device)).centroids for name, x in queue.items()}
+        self._accumulate(queue, {name: _assigned(x, centroids[name]) for name, x in queue.items()}, students)
         self._renew(centroids, group)
 
-    def _accumulate(self, rows: Tensor, centroids: Mapping[str, Tensor], students: Sequence[str]) -> None:
-        """Add these rows of the queue to the sums of the prototypes to come."""
-        for teacher, at in centroids.items():
-            x = self._queue[teacher]
-            here = rows.to(x.device)
-            labels = _assigned(x[here], at)
+    def _accumulate(self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], students: Iterable[str]) -> None:
+        """Add these samples to the sums of the prototypes to come."""
+        for teacher, own in labels.items():
             for name in (teacher, *(s for s in students if s != teacher)):
-                h = self._queue[name][here]
-                self._add((name, teacher), labels.where(finite_rows(h), -1), h)
+                h = features[name]
+                self._add((name, teacher), own.where(finite_rows(h), -1), h)
 
     def _add(self, key: tuple[str, str], labels: Tensor, x: Tensor) -> None:
         if key not in self._sums:
             self._sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=wide(x.device))
+        self._sums[key] = self._sums[key].to(x.device)  # a state that was loaded may lie elsewhere
         met, place = torch.unique(labels[labels >= 0], return_inverse=True)
         self._sums[key][met] += sums_by_label(place, x[labels >= 0], len(met))  # of the clusters met alone
 
@@ -197,7 +206,7 @@ class OnlinePrototypes(Terms):
         self.version += 1
 
     def _centroids(self) -> dict[str, Tensor]:
-        return {teacher: term.teacher_centroids for teacher, term in self.clusterings.items()}
+        return {teacher: term.teacher_centroids.to(self._queue[teacher].device) for teacher, term in self.clusterings.items()}
 
     _SETTINGS = ("num_prototypes", "queue_size", "every", "warmup", "calls_per_step", "niter", "seed")
     _COUNTERS = ("calls", "step", "version", "seen", "_cursor", "_queue", "_number", "_came", "_sums")

@@ -72,10 +72,17 @@ def run_until(pattern: str, number: signal.Signals, delay: float, *arguments: st
     return written
 
 
-def last_state(run_dir: Path) -> dict[str, Any]:
+def last_state(run_dir: Path, part: str = "shared") -> dict[str, Any]:
     pointer = json.loads((run_dir / "checkpoint.json").read_text())
-    state: dict[str, Any] = torch.load(run_dir / pointer["folder"] / "shared.pt", weights_only=True)
+    state: dict[str, Any] = torch.load(run_dir / pointer["folder"] / f"{part}.pt", weights_only=True)
     return state
+
+
+def loss_states(run_dir: Path) -> list[dict[str, Any]]:
+    """What is saved of the loss: once, or in online mode by each rank."""
+    pointer = json.loads((run_dir / "checkpoint.json").read_text())
+    states = [last_state(run_dir, part) for part in ("shared", *(f"rank{rank}" for rank in range(pointer["world_size"])))]
+    return [state["loss"] for state in states if "loss" in state]
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
@@ -90,7 +97,7 @@ def assert_same_end(whole: Path, interrupted: Path) -> None:
         assert torch.equal(tensor, other["model"][name]), name
     for number, state in one["optimizer"]["state"].items():
         assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
-    assert same(one["loss"], other["loss"])
+    assert same(loss_states(whole), loss_states(interrupted))
     assert records(whole) == records(interrupted)
 
 
@@ -105,8 +112,19 @@ def same(one: Any, other: Any) -> bool:
 
 
 def holds_prototypes(run_dir: Path) -> bool:
-    state = last_state(run_dir)["loss"]["_extra_state"]
-    return state["is_set"] and state["prototypes"] is not None
+    """Each rank's loss, in either mode."""
+    states = [state["_extra_state"] for state in loss_states(run_dir)]
+    return all(state["is_set"] and (state.get("prototypes") or state.get("online")) is not None for state in states)
+
+
+def assert_clustering_is_in_tensorboard(whole: Path, interrupted: Path, builds: int) -> None:
+    """Every build's report, with drift from the second on: also where the build before it was in another process."""
+    counts = {"text/objective": builds, "image-text/ami": builds, "text/drift": builds - 1, "image/changed": builds - 1}
+    for tag, count in counts.items():
+        values = scalars(whole, f"clustering/{tag}")
+        assert len(values) == count, tag
+        # What was done again after a kill is logged again, as it was.
+        assert sorted(set(scalars(interrupted, f"clustering/{tag}"))) == values
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:

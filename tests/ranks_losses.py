@@ -61,6 +61,34 @@ def the_share_of_info_nce_is_exact(rank, world_size, folder):
             assert_near(own.grad / world_size, x.grad[own_rows(rank)])
 
 
+def without_gradients_of_the_gather_other_ranks_features_are_constants(rank, world_size, folder):
+    """InfoNCE of the whole batch in which own rows alone are leaves; the scale and the prototype terms are exact all the same."""
+    total = sum(SHARES[:world_size])
+    whole = [unit(total, 6, seed) for seed in (1, 2)]
+    own = [leaf(x[own_rows(rank)]) for x in whole]
+    rows = own_rows(rank)
+    seen = [torch.cat([x[: rows.start], here, x[rows.stop :]]) for x, here in zip(whole, own, strict=True)]
+    scale = leaf(torch.tensor(10.0, dtype=torch.float64))
+    wanted = torch.autograd.grad(dense.info_nce(*seen, scale), [*own, scale])
+    prototypes = episode(samples=40, width=6)
+    index = prototypes.index[:total][rows]
+    gradients = {}
+    for gather in (True, False):
+        share = InfoNCE(gather_with_grad=gather)(*own, scale)
+        assert_near(everyone(share).mean(), dense.info_nce(*whole, 10.0))
+        *features, of_scale = torch.autograd.grad(share, [*own, scale])
+        assert_near(everyone(of_scale).mean(), wanted[2])
+        for got, x in zip(features, wanted, strict=False):
+            assert_near(got, x if not gather else x * world_size)
+        loss = ProtoLoss(gather_with_grad=gather)
+        loss.set_prototypes(prototypes)
+        parts = loss(*own, scale, index=index, output_dict=True)
+        gradients[gather] = {name: torch.autograd.grad(x, own, retain_graph=True) for name, x in parts.items()}
+    for i in range(2):
+        assert_near(gradients[False]["contrastive_loss"][i], wanted[i])
+        assert_near(gradients[False]["proto_loss"][i], gradients[True]["proto_loss"][i])
+
+
 def a_text_that_is_near_no_image_is_exact(rank, world_size, folder):
     """Column normalisers 200 below the rows': each column needs its own exponentials, and every rank must see that it does."""
     total = sum(SHARES[:world_size])
@@ -137,9 +165,9 @@ def online_prototypes_are_those_of_one_process(rank, world_size, folder):
         share.backward()
         assert_near(everyone(share).mean(), value)
         assert_near(part.grad / world_size, full.grad[rows])
-    for key, term in whole._prototypes.terms.items():
+    for key, term in whole.prototypes.terms.items():
         for name in ("prototypes", "teacher_centroids"):
-            assert_near(getattr(own._prototypes.terms[key], name), getattr(term, name))
+            assert_near(getattr(own.prototypes.terms[key], name), getattr(term, name))
 
 
 class Towers(nn.Module):
@@ -340,6 +368,7 @@ def a_group_of_one_is_one_process(rank, world_size, folder):
 
 CASES = [
     the_share_of_info_nce_is_exact,
+    without_gradients_of_the_gather_other_ranks_features_are_constants,
     a_text_that_is_near_no_image_is_exact,
     online_prototypes_are_those_of_one_process,
     the_share_of_every_part_is_exact,

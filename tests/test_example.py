@@ -6,17 +6,21 @@ import random
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_runs import (
     TORCHRUN,
+    assert_clustering_is_in_tensorboard,
     assert_same_end,
     finish,
     holds_prototypes,
     last_state,
+    loss_states,
     records,
     run,
     run_until,
+    same,
     scalars,
     start,
 )
@@ -117,12 +121,58 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
     run("--run-dir", str(killed), "--resume")
     assert holds_prototypes(whole)
     assert_same_end(whole, killed)
+    assert_clustering_is_in_tensorboard(whole, killed, builds=4)
     for stage, episodes in (("extraction", 4), ("clustering", 4), ("training", 5)):
         steps = [step for step, _ in scalars(whole, f"episode/{stage}_seconds")]
         assert len(steps) == episodes
         # What was done again after a kill is logged again, at the same step.
         assert sorted({step for step, _ in scalars(killed, f"episode/{stage}_seconds")}) == steps
     assert json.loads((whole / "table.json").read_text()) == json.loads((killed / "table.json").read_text())
+
+
+ONLINE = ["--method", "online", "--queue-size", "60", "--renew-every", "3", "--lit-episodes", "0"]
+
+
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two processes"])
+def test_online_mode_stopped_and_killed_ends_with_the_same_weights(launcher: tuple[str, ...], table: str, tmp_path: Path) -> None:
+    arguments = ["--train-data", table, *TINY, *ONLINE, "--episodes", "5", "--save-every", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    written = run(*arguments, "--run-dir", str(whole), launcher=launcher)
+    assert "extraction" not in written
+    places = [
+        ("episode 1/5 training: +[2-5][0-9]%", signal.SIGKILL),  # the queue fills
+        ("episode 3/5 training: +[4-9]", signal.SIGTERM),  # between two sets of prototypes
+        ("episode 4/5 training: +[1-9]", signal.SIGKILL),
+    ]
+    for number, (pattern, kind) in enumerate(places):
+        resume = ["--resume"] if number else arguments
+        # torchrun passes SIGTERM on, and then ends with 1; a SIGKILL would leave its processes running.
+        how: dict[str, Any] = {"launcher": launcher, "status": 1} if launcher else {}
+        run_until(pattern, signal.SIGTERM if launcher else kind, 0.0, *resume, "--run-dir", str(killed), **how)
+        assert last_state(killed)["at"]["step"] < last_state(whole)["at"]["step"]
+    run("--run-dir", str(killed), "--resume", launcher=launcher)
+    assert holds_prototypes(whole)
+    assert_same_end(whole, killed)
+    assert {record["proto_loss"] > 0 for record in records(whole) if record["episode"] > 0} == {True}
+    assert {record["proto_loss"] for record in records(whole) if record["episode"] == 0} == {0.0}
+    if launcher:
+        first, second = (state["_extra_state"]["online"] for state in loss_states(whole))
+        assert not same(first["_queue"], second["_queue"])
+        assert same(first["terms"], second["terms"])
+
+
+def test_online_mode_from_warm_up_to_lit_with_a_teacher(table: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    arguments = ["--train-data", table, *TINY, "--method", "online", "--episodes", "4"]
+    run(*arguments[:2], *TINY, "--method", "clip", "--episodes", "1", "--run-dir", str(tmp_path / "captions"))
+    captions = (tmp_path / "captions" / "train_captions.txt").read_text(encoding="utf-8").splitlines()
+    rows = np.stack([np.bincount([ord(c) % 32 for c in caption], minlength=32) for caption in captions])
+    np.save(tmp_path / "letters.npy", rows.astype(np.float32))
+    run(*arguments, "--run-dir", str(tmp_path / "run"), "--teacher", str(tmp_path / "letters.npy"), "--teacher-width", "8")
+    check_run_folder(tmp_path / "run", WITHOUT_LABELS)
+    kinds = {(r["proto_loss"] > 0, r["proto_external_loss"] > 0, r["episode"]) for r in records(tmp_path / "run")}
+    assert kinds == {(False, False, 0), (True, True, 1), (True, True, 2), (False, False, 3)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -178,6 +228,7 @@ def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) 
     ("arguments", "message"),
     [
         (["--num-prototypes", "9999"], "--num-prototypes 9999 is more than"),
+        (["--queue-size", "5"], "--queue-size 5 is less than the 6 prototypes"),
         (["--episode-size", "9999"], "--episode-size 9999 is more than"),
         (["--batch-size", "9999"], "--batch-size 9999 is more than"),
         (["--teacher", "nowhere.npy"], "no such file"),

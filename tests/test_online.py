@@ -7,6 +7,7 @@ from cases import assert_near, leaf, unit
 from helpers import in_new_process
 
 from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss
+from protoclip_losses.clustering.assign import assign
 from protoclip_losses.functional import prototype_cross_entropy, soft_targets
 
 K, QUEUE, EVERY, WARMUP, BATCH = 5, 40, 4, 3, 8
@@ -166,6 +167,23 @@ def test_warm_up_is_infonce_alone():
     assert float(parts["proto_loss"].detach()) == 0
 
 
+def test_the_labels_of_a_batch_are_sought_once(monkeypatch):
+    loss, asked = ProtoLoss(), []
+    loss.set_prototypes(online())
+    in_training(loss, WARMUP)
+    monkeypatch.setattr("protoclip_losses.online.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
+    in_training(loss, 1)
+    assert [rows for rows in asked if rows] == [BATCH] * 3  # of image, text and teacher; no row of the queue has its turn yet
+
+
+def test_a_batch_counts_under_the_labels_that_it_is_given():
+    prototypes = online(queue_size=BATCH * EVERY)
+    for step in range(WARMUP + EVERY):
+        x = batch(step)
+        prototypes.update({"image": x["image"]}, {"minilm": x["minilm"]}, labels={"minilm": torch.full((BATCH,), 3)})
+    assert prototypes.terms["image", "minilm"].valid.nonzero().tolist() == [[3]]
+
+
 def test_evaluation_takes_nothing_in():
     loss, prototypes = ProtoLoss(), online()
     loss.set_prototypes(prototypes)
@@ -175,12 +193,13 @@ def test_evaluation_takes_nothing_in():
     assert prototypes.step == WARMUP
 
 
-def test_of_several_calls_for_the_same_samples_the_first_counts():
+def test_of_several_calls_for_the_same_samples_the_last_counts():
     once, thrice = online(), online(calls_per_step=3)
     for step in range(WARMUP + EVERY):
-        take(once, step)
         for _ in range(3):
+            assert thrice.version == once.version  # the same prototypes in all three
             take(thrice, step)
+        take(once, step)
     for key, term in once.terms.items():
         assert torch.equal(term.prototypes, thrice.terms[key].prototypes)
 
@@ -192,7 +211,7 @@ from test_online import batch, in_training, online, EVERY, WARMUP
 from protoclip_losses import ProtoLoss
 loss = ProtoLoss(target_temperature=0.1)
 loss.load_state_dict(torch.load(sys.argv[1], weights_only=True))
-online = loss._prototypes
+online = loss.prototypes
 for step in range(WARMUP + 2, WARMUP + 2 * EVERY):
     x = batch(step)
     value = loss(x["image"].requires_grad_(), x["text"], 10.0, teacher_features={"minilm": x["minilm"]})

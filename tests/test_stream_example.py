@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_runs import TORCHRUN, assert_same_end, holds_prototypes, last_state, records, run, run_until, scalars
+from example_runs import (
+    TORCHRUN,
+    assert_clustering_is_in_tensorboard,
+    assert_same_end,
+    holds_prototypes,
+    last_state,
+    records,
+    run,
+    run_until,
+    scalars,
+)
 from pair_files import add, jpeg
 from pairs import Pairs, decode, emoji_pairs
 
@@ -106,6 +116,7 @@ def test_killed_in_each_pass_it_ends_with_the_same_weights(shards: str, tmp_path
     run("--run-dir", str(killed), "--resume", **STREAM)
     assert holds_prototypes(whole)
     assert_same_end(whole, killed)
+    assert_clustering_is_in_tensorboard(whole, killed, builds=3)
     assert {record["proto_loss"] > 0 for record in records(whole) if record["episode"] > 0} == {True}
     steps = [step for step, _ in scalars(whole, "episode/clustering_seconds")]
     assert len(steps) == 3

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from ..clustering import EpisodicClusterer, Prototypes
 from ..losses import ProtoLoss
+from ..online import OnlinePrototypes
 from ..teachers import TeacherAdapter
 from . import require
 from .extraction import EpisodeOrder, extract
@@ -26,6 +27,9 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
     Samples are those of the Trainer's training DataLoader: the episode if its sampler is an
     :class:`~protoclip_losses.integrations.extraction.EpisodeOrder`, else the whole data set, by number. An epoch that is gone on
     with in its middle keeps the prototypes that it began with.
+
+    If the loss comes with :class:`~protoclip_losses.OnlinePrototypes` set, all that is left to do here is the clamp: the module
+    needs no ``project``, and its ``training_step`` calls the loss without an index.
 
     Args:
         num_prototypes: K; default one per 10 samples of an epoch.
@@ -60,12 +64,16 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
             raise TypeError(
                 f"{type(pl_module).__name__}.loss must be a ProtoLoss, got {type(getattr(pl_module, 'loss', None)).__name__}"
             )
-        if not callable(getattr(pl_module, "project", None)):
+        if not self._is_online(pl_module) and not callable(getattr(pl_module, "project", None)):
             raise TypeError(f"{type(pl_module).__name__} must have a method project(batch) that returns index, image, text")
+
+    @staticmethod
+    def _is_online(pl_module: Any) -> bool:
+        return isinstance(pl_module.loss.prototypes, OnlinePrototypes)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the epoch's prototypes, if they are not. Lightning calls on_train_epoch_start of resumed runs not always."""
-        if self.epoch != trainer.current_epoch:
+        if not self._is_online(pl_module) and self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch
             pl_module.loss.set_prototypes(None if self.epoch < self.warmup_epochs else self.build(trainer, pl_module))
 

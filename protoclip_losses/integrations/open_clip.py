@@ -3,6 +3,7 @@
     python -m protoclip_losses.integrations.open_clip --proto-num-prototypes 20000 ARGUMENTS OF open_clip_train.main
 
 An epoch of open_clip is an episode: before it, one pass over the epoch's samples in eval mode, K-means and back translation.
+With ``--proto-online`` there are no episodes: prototypes come from a queue of recent features, and the data stay as they are.
 open_clip's package is not changed; four functions that its ``main`` calls are replaced while it runs.
 """
 
@@ -22,8 +23,10 @@ from ..losses import ProtoLoss
 from ..teachers import TeacherAdapter
 from . import require
 from .extraction import extract
+from .open_clip_arguments import parse_arguments
 from .open_clip_data import number_samples
 from .open_clip_model import OpenClipLoss, add_heads
+from .open_clip_online import load_state, online_prototypes, save_state
 
 __all__ = ["Launcher", "OpenClipLoss", "add_heads", "main", "parse_arguments"]
 
@@ -54,9 +57,9 @@ class Launcher:
         return model, *transforms
 
     def get_data(self, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """The data, with an index per training sample if there will be prototypes."""
+        """The data, with an index per training sample if there will be prototypes of episodes."""
         data = self.original["get_data"](args, *rest, **kwargs)
-        if "train" in data and self.has_terms:
+        if "train" in data and self.has_terms and not self.options.proto_online:
             if self.teachers and data["train"].shared_epoch is not None:
                 raise ValueError("--proto-teacher needs --dataset-type csv: samples of a WebDataset have no row number")
             data["train"] = number_samples(data["train"], args.seed, args.accum_freq)
@@ -71,6 +74,7 @@ class Launcher:
             w_proto=o.proto_weight,
             w_external=o.proto_weight_external,
             target_temperature=o.proto_target_temperature,
+            gather_with_grad=not o.proto_no_gather_with_grad,
         )
         return OpenClipLoss(proto, self.original["create_loss"](args) if keep else None)
 
@@ -87,18 +91,25 @@ class Launcher:
         args: Any,
         tb_writer: Any = None,
     ) -> None:
-        """One episode: prototypes, then open_clip's own pass over the same samples."""
+        """One episode: prototypes, then open_clip's own pass over the same samples. Or online, that pass alone."""
         module = getattr(model, "_orig_mod", model)  # of torch.compile, and below it DDP
         module = getattr(module, "module", module)
-        clusters = self.has_terms and epoch >= self.options.proto_warmup_epochs
+        online = self.has_terms and self.options.proto_online
+        clusters = self.has_terms and not online and epoch >= self.options.proto_warmup_epochs
         loss.batches = data["train"].dataloader if clusters else None
-        loss.proto.set_prototypes(self._prototypes(module, data["train"], epoch, args) if clusters else None)
+        if not online:
+            loss.proto.set_prototypes(self._prototypes(module, data["train"], epoch, args) if clusters else None)
+        elif loss.proto.prototypes is None:
+            loss.proto.set_prototypes(online_prototypes(self.options, data["train"].dataloader, args))
+            load_state(loss.proto, epoch, args)
         after_step = optimizer.register_step_post_hook(lambda *_: module.proto.clamp_scale())
         rest = (optimizer, scaler, scheduler, dist_model, args)
         try:
             self.original["train_one_epoch"](model, data, loss, epoch, *rest, tb_writer=tb_writer)
         finally:
             after_step.remove()
+        if online:
+            save_state(loss.proto, epoch + 1, args)
 
     def _prototypes(self, module: nn.Module, train: Any, epoch: int, args: Any) -> Prototypes:
         start, o = time.perf_counter(), self.options
@@ -131,43 +142,6 @@ class Launcher:
         finally:
             for name, function in self.original.items():
                 setattr(self.host, name, function)
-
-
-def _teacher(text: str) -> tuple[str, str]:
-    name, _, file = text.partition("=")
-    if not name or not file:
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE.npy, got {text!r}")
-    return name, file
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The ``--proto-`` arguments, and the rest, which is open_clip's."""
-    p = argparse.ArgumentParser(
-        "python -m protoclip_losses.integrations.open_clip",
-        description="open_clip_train.main with ProtoLoss in place of its loss. All other arguments are those of open_clip.",
-        allow_abbrev=False,
-    )
-    p.add_argument("--proto-weight", type=float, default=1.0, help="of the prototype terms; 0: the run of open_clip, bit for bit")
-    p.add_argument("--proto-weight-external", type=float, default=1.0, help="of external teachers")
-    p.add_argument("--proto-num-prototypes", type=int, help="K; default: one per 10 samples of an epoch")
-    p.add_argument("--proto-target-temperature", type=float, default=0.01, help="of soft targets; 0 or less: hard targets")
-    p.add_argument("--proto-warmup-epochs", type=int, default=1, help="first epochs without prototypes")
-    p.add_argument("--proto-head-dim", type=int, default=128)
-    p.add_argument("--proto-head-hidden-dim", type=int, default=2048)
-    p.add_argument("--proto-head-norm", choices=("batch", "layer", "sync"), default="batch")
-    p.add_argument("--proto-niter", type=int, default=20, help="K-means iterations")
-    p.add_argument("--proto-nredo", type=int, default=1, help="K-means runs, the best of which is kept (paper: 3)")
-    p.add_argument("--proto-teacher", action="append", type=_teacher, metavar="NAME=FILE.npy", help="a row per row of the csv")
-    p.add_argument("--proto-teacher-dim", type=int, default=64, help="width of teachers after PCA")
-    p.add_argument("--proto-keep-loss", action="store_true", help="open_clip's own loss computes the contrastive part")
-    options, rest = p.parse_known_args(argv)
-    if unknown := [name for name in rest if name.startswith("--proto")]:
-        p.error(f"unknown arguments: {' '.join(unknown)}")
-    args = require("open_clip_train.params", "open-clip").parse_args(rest)
-    for refused in ("horovod", "trace", "torchscript", "distill_model"):
-        if getattr(args, refused):
-            p.error(f"--{refused.replace('_', '-')} does not go together with ProtoLoss")
-    return options, rest
 
 
 def main(argv: Sequence[str] | None = None) -> None:

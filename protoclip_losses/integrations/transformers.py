@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..clustering import EpisodicClusterer
 from ..episodes import EpisodeSampler
 from ..losses import ProtoLoss
+from ..online import OnlinePrototypes
 from ..teachers import TeacherAdapter
 from . import require
 from .extraction import EpisodeOrder, WithIndex, extract
@@ -66,6 +67,9 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
     Each epoch is an episode: its samples are drawn without replacement, their features extracted, clustered and
     back-translated, and then trained on. Everything that ``Trainer`` takes is taken by name, and does what it did.
 
+    If ``loss`` comes with :class:`~protoclip_losses.OnlinePrototypes` set, there is no extraction, and ``num_prototypes``,
+    ``warmup_epochs`` and ``clusterer`` have no effect: the loss does it all.
+
     Args:
         model: a ``CLIPModel``; it is given heads, see :func:`add_heads`, unless it has them.
         args: ``TrainingArguments``.
@@ -103,7 +107,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         number = num_prototypes or max(1, len(self.order) // 10)
         self.clusterer = clusterer or EpisodicClusterer(number, seed=seed)
         self.loss, self.teachers, self.warmup_epochs = loss or ProtoLoss(), teachers or {}, warmup_epochs
-        self.is_restored = False
+        self.online, self.is_restored = isinstance(self.loss.prototypes, OnlinePrototypes), False
         if not hasattr(model, "proto"):
             add_heads(model, **(heads or {}))
         super().__init__(model, args, train_dataset=WithIndex(train_dataset), **trainer)
@@ -114,6 +118,8 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
     def start_epoch(self, number: int, is_resumed: bool) -> None:
         """Draw the episode and set its prototypes; those of an epoch that is gone on with are the ones that were saved."""
         self.order.set_epoch(number)
+        if self.online:
+            return
         if number < self.warmup_epochs:
             self.loss.set_prototypes(None)
         elif not (is_resumed and self.is_restored):
@@ -137,24 +143,32 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         index = inputs["index"]
         outputs = model(**inputs)
-        loss = self.loss(**outputs, index=index)
+        labels = {"index": index}
+        if self.online:
+            labels = {"teacher_features": {name: x[index.cpu()].to(index.device) for name, x in self.teachers.items()}}
+        loss = self.loss(**outputs, **labels)
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model, and the prototypes beside it, so that an epoch can be gone on with."""
+        """The model, and the prototypes beside it, so that an epoch can be gone on with; online each rank's queue."""
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            torch.save(self.loss.state_dict(), Path(output_dir or self.args.output_dir) / STATE_FILE)
+        if self.args.should_save or self.online:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.loss.state_dict(), folder / self._state_file())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / STATE_FILE
+        file = Path(resume_from_checkpoint) / self._state_file()
         if file.exists():  # a checkpoint of a plain Trainer has none
             self.loss.load_state_dict(torch.load(file, weights_only=True))
             self.is_restored = True
+
+    def _state_file(self) -> str:
+        return f"proto_loss_{self.args.process_index}_of_{self.args.world_size}.pt" if self.online else STATE_FILE
 
 
 class EpisodeCallback(TrainerCallback):  # type: ignore[misc]

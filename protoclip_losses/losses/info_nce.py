@@ -27,6 +27,10 @@ class InfoNCE(nn.Module):
 
     Args:
         process_group: None for the default group, ``False`` to stay local (evaluation on one rank), or a group.
+        gather_with_grad: False is what open_clip does without ``--gather-with-grad`` and ``--local-loss``, its default: a rank's
+            loss is that of the whole batch with the features of other ranks as constants. On W ranks the gradient that reaches
+            the encoders, after DDP's averaging, is 1/W of the true one; that of the scale is exact. For a run that has to
+            follow one of open_clip with the same weight decay and clipping.
         chunk_size: rows worked on at a time; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only.
 
@@ -45,11 +49,17 @@ class InfoNCE(nn.Module):
     """
 
     def __init__(
-        self, *, process_group: Group | bool | None = None, chunk_size: int | None = None, check_values: bool | None = None
+        self,
+        *,
+        process_group: Group | bool | None = None,
+        gather_with_grad: bool = True,
+        chunk_size: int | None = None,
+        check_values: bool | None = None,
     ) -> None:
         super().__init__()
         check.chunk_rows(chunk_size)
-        self.process_group, self.chunk_size, self.check_values = process_group, chunk_size, check_values
+        self.process_group, self.gather_with_grad = process_group, gather_with_grad
+        self.chunk_size, self.check_values = chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
 
     def forward(
@@ -77,7 +87,9 @@ class InfoNCE(nn.Module):
             image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0,
             same=lambda: kind_of(image_features, text_features, scale=logit_scale),
         )
-        loss, self.metrics = info_nce_share(image_features, text_features, scale, sizes, group, self.chunk_size)
+        loss, self.metrics = info_nce_share(
+            image_features, text_features, scale, sizes, group, self.chunk_size, self.gather_with_grad
+        )
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -89,10 +101,18 @@ def kind_of(*features: Tensor, scale: Any) -> list[tuple[Any, ...]]:
 
 
 def info_nce_share(
-    image: Tensor, text: Tensor, scale: Tensor, sizes: list[int], group: Group | None, chunk_size: int | None
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    sizes: list[int],
+    group: Group | None,
+    chunk_size: int | None,
+    gather_with_grad: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
     ranks = ALONE if group is None else Ranks(group, sizes)
+    if not gather_with_grad:
+        image, text = (x.detach().lerp(x, 1 / world_size(group)) for x in (image, text))  # the same values, 1/W of the gradient
     total, correct = pair_sum(image, text, scale, chunk_size, with_accuracy=True, ranks=ranks)
     share = total * (world_size(group) / sum(sizes))
     return share, {"contrastive_accuracy": correct / image.shape[0]}

@@ -44,6 +44,7 @@ class ProtoLoss(nn.Module):
         normalize_prototypes: L2-normalise prototypes and centroids. The paper does not: its student softmax favours prototypes
             of large norm, that is of tight clusters.
         process_group: None for the default group, ``False`` to stay local, or a group.
+        gather_with_grad: of InfoNCE, see :class:`InfoNCE`; prototype terms are exact in either case.
         chunk_size: rows worked on at a time; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only; ``True`` forces it.
 
@@ -79,6 +80,7 @@ class ProtoLoss(nn.Module):
         back_translation: bool = True,
         normalize_prototypes: bool = False,
         process_group: Group | bool | None = None,
+        gather_with_grad: bool = True,
         chunk_size: int | None = None,
         check_values: bool | None = None,
     ) -> None:
@@ -93,12 +95,18 @@ class ProtoLoss(nn.Module):
         self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
         self.external_target_temperature = check.optional_temperature("external_target_temperature", external_target_temperature)
         self.back_translation, self.normalize_prototypes = back_translation, normalize_prototypes
-        self.process_group, self.chunk_size, self.check_values = process_group, chunk_size, check_values
+        self.process_group, self.gather_with_grad = process_group, gather_with_grad
+        self.chunk_size, self.check_values = chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
         self._is_set = False
         self._prototypes: Prototypes | OnlinePrototypes | None = None
         self._version = 0
         self._terms: list[Term] = []
+
+    @property
+    def prototypes(self) -> Prototypes | OnlinePrototypes | None:
+        """Those that are set."""
+        return self._prototypes
 
     def set_prototypes(self, prototypes: Prototypes | OnlinePrototypes | None) -> None:
         """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
@@ -163,7 +171,7 @@ class ProtoLoss(nn.Module):
         teachers = teacher_features if isinstance(teacher_features, Mapping) else {}
         group = active_group(self.process_group)
         rows = image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0
-        (scale, scales, labels), sizes = agree(
+        (scale, scales, labels, found), sizes = agree(
             lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index, teachers),
             group,
             rows,
@@ -177,7 +185,9 @@ class ProtoLoss(nn.Module):
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
         metrics: dict[str, Tensor] = {}
         if self.w_clip:
-            share, metrics = info_nce_share(image_features, text_features, scale, sizes, group, self.chunk_size)
+            share, metrics = info_nce_share(
+                image_features, text_features, scale, sizes, group, self.chunk_size, self.gather_with_grad
+            )
             parts["contrastive_loss"] = self.w_clip * share
         if self._terms:
             keeps = [a != -1 for a in labels]
@@ -195,7 +205,7 @@ class ProtoLoss(nn.Module):
                 metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own[i].clamp(min=1)
         self.metrics = metrics
         if online is not None and torch.is_grad_enabled():
-            online.update(projected, teachers, group, sizes)
+            online.update(projected, teachers, group, sizes, found)
         given = (image_features, text_features, logit_scale, logit_bias, proto_scale, *projected.values())
         given += tuple(teacher_features.values()) if isinstance(teacher_features, Mapping) else (teacher_features,)
         parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
@@ -210,8 +220,8 @@ class ProtoLoss(nn.Module):
         proto_scale: Tensor | float,
         index: Tensor | None,
         teachers: Mapping[str, Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """Check the inputs; return InfoNCE's scale, each student's scale and each term's labels of this batch."""
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Mapping[str, Tensor]]:
+        """Check the inputs; return InfoNCE's scale, students' scales, and this batch's labels: by term, and by online teacher."""
         if not self._is_set:
             raise RuntimeError(
                 "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
@@ -223,7 +233,7 @@ class ProtoLoss(nn.Module):
             check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
         if index is not None:
             check.integers("index", index, length=batch, of=" as image_features has rows")
-        labels_of = self._labels_of(projected, teachers, index)
+        labels_of, found = self._labels_of(projected, teachers, index)
         scales: dict[str, Tensor] = {}
         for student in dict.fromkeys(term.student for term in self._terms):
             if student not in projected:
@@ -236,12 +246,12 @@ class ProtoLoss(nn.Module):
             h, width = projected[term.student], term.prototypes.shape[1]
             check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
             term.to(h.device)
-        return scale, scales, [labels_of(term) for term in self._terms]
+        return scale, scales, [labels_of(term) for term in self._terms], found
 
     def _labels_of(
         self, projected: Mapping[str, Tensor], teachers: Mapping[str, Tensor], index: Tensor | None
-    ) -> Callable[[Term], Tensor]:
-        """How a term's labels of this batch are found: by sample index, or in online mode by the teacher's nearest centroid."""
+    ) -> tuple[Callable[[Term], Tensor], Mapping[str, Tensor]]:
+        """How a term's labels of this batch are found: by sample index, or in online mode, where there are some by teacher."""
         if isinstance(self._prototypes, OnlinePrototypes):
             if index is not None:
                 raise ValueError("index must be None with OnlinePrototypes: labels come from the nearest centroid")
@@ -251,13 +261,13 @@ class ProtoLoss(nn.Module):
             self._prototypes.check(sources)
             online = self._prototypes
             found = {name: online.labels(name, sources[name]) for name in dict.fromkeys(t.teacher for t in self._terms)}
-            return lambda term: term.ignored(found[term.teacher])
+            return (lambda term: term.ignored(found[term.teacher])), found
         if self._prototypes is None or not self._terms:
-            return lambda term: term.labels
+            return (lambda term: term.labels), {}
         if index is None:
             raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
         positions = self._prototypes.positions(index.to(projected["image"].device), check_values=self.check_values)
-        return lambda term: term.labels[positions]
+        return (lambda term: term.labels[positions]), {}
 
     def get_extra_state(self) -> dict[str, Any]:
         """The prototypes, as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""

@@ -9,7 +9,7 @@ from host_pairs import PicturePairs
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from protoclip_losses import EpisodeSampler, ProtoLoss, TeacherAdapter
+from protoclip_losses import EpisodeSampler, OnlinePrototypes, ProtoLoss, TeacherAdapter
 from protoclip_losses.integrations.extraction import EpisodeOrder, WithIndex
 from protoclip_losses.integrations.lightning import ProtoCLIPCallback
 
@@ -88,6 +88,32 @@ class Counting(ProtoCLIPCallback):
     def build(self, trainer, module):
         self.builds += 1
         return super().build(trainer, module)
+
+
+class Online(Clip):
+    """A module without ``project``, whose step passes no index."""
+
+    project = None
+
+    def __init__(self):
+        super().__init__()
+        self.loss.set_prototypes(OnlinePrototypes(4, queue_size=40, every=4, warmup=3))
+
+    def training_step(self, batch, number):
+        parts = self.loss(**self(batch), output_dict=True)
+        self.log_dict(parts)
+        return sum(parts.values())
+
+
+def test_online_mode_resumed_ends_where_an_uninterrupted_run_does(tmp_path, pairs):
+    torch.manual_seed(0)
+    model, calls = fit(tmp_path / "whole", pairs, ProtoCLIPCallback(), epochs=3, model=Online())
+    assert [proto > 0 for _, proto in calls] == [False] * 3 + [True] * 9
+    resume = tmp_path / "whole" / "step=8.ckpt"
+    rest, more = fit(tmp_path / "rest", pairs, ProtoCLIPCallback(), epochs=3, model=Online(), resume=resume)
+    assert more == calls[8:]
+    assert_same_state(model, rest)
+    assert rest.loss.prototypes.step == 12
 
 
 def test_episodes_smaller_than_the_data_with_a_teacher(tmp_path, pairs):

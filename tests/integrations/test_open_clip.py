@@ -17,6 +17,7 @@ import open_clip
 import spawn
 from cases import assert_near
 from host_data import write_csv
+from integrations import ranks_open_clip
 from open_clip_step import add_tiny_model, one_step, triples
 from open_clip_train import main as host
 from open_clip_train.params import parse_args
@@ -24,6 +25,7 @@ from pair_files import emoji_with_groups, write_shards
 
 from protoclip_losses import ProtoLoss
 from protoclip_losses.integrations.open_clip import Launcher, add_heads, main, parse_arguments
+from protoclip_losses.integrations.open_clip_data import IndexedBatches
 
 COMMAND = Path(__file__).parents[2] / "examples" / "host_open_clip.sh"
 ROWS, BATCH = 48, 16
@@ -151,6 +153,63 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, shards):
     assert len(logged(tmp_path, "rest", "Proto_loss")) < len(logged(tmp_path, "whole", "Proto_loss"))
 
 
+ONLINE = ["--proto-online", "--proto-num-prototypes", 6, *HEADS]
+
+
+def test_online_mode_takes_each_training_sample_once_and_the_data_as_they_are(tmp_path, shards):
+    validation = ["--val-data", shards[0], "--val-num-samples", shards[1]]
+    train(main, tmp_path, "run", *ONLINE, *webdataset(shards, "--accum-freq", 2, "--epochs", 3, *validation))
+    losses = logged(tmp_path, "run", "Proto_loss")
+    third = len(losses) // 3
+    assert losses[:third] == [0.0] * third  # warm-up is the first epoch
+    assert all(0.5 < x < 4 for x in losses[third:])
+    assert "Episode" not in (tmp_path / "run" / "out.log").read_text()
+    state = torch.load(tmp_path / "run" / "checkpoints" / "epoch_3.online_0_of_1", weights_only=True)
+    steps = len(losses)
+    assert (state["step"], state["calls"], state["seen"]) == (steps, 2 * steps, 2 * BATCH * steps)
+    assert (state["queue_size"], state["every"], state["warmup"]) == (60, 1, steps // 3)
+    assert not isinstance(numbered(tmp_path, *ONLINE, *webdataset(shards)).dataloader, IndexedBatches)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_online_run_killed_and_resumed_ends_where_an_uninterrupted_one_does(tmp_path, table, monkeypatch):
+    original, dies = Launcher.train_one_epoch, []
+
+    def in_an_order_of_its_own(self, model, data, loss, epoch, *rest, **more):
+        """open_clip saves no state of the generator that shuffles a table."""
+        if epoch in dies:
+            raise Killed
+        torch.manual_seed(epoch)
+        original(self, model, data, loss, epoch, *rest, **more)
+
+    monkeypatch.setattr(Launcher, "train_one_epoch", in_an_order_of_its_own)
+    settings = ["--proto-queue-size", 64, "--proto-every", 2, "--proto-warmup-steps", 2, "--delete-previous-checkpoint"]
+    common = [*ONLINE, *settings, *csv(table, "--epochs", 4)]
+    train(main, tmp_path, "whole", *common)
+    dies.append(2)
+    with pytest.raises(Killed):
+        train(main, tmp_path, "rest", *common)
+    dies.clear()
+    train(main, tmp_path, "rest", "--resume", "latest", *common)
+    assert_equal_weights(checkpoint(tmp_path, "rest", 4)["state_dict"], checkpoint(tmp_path, "whole", 4)["state_dict"])
+    files = [f"epoch_{epoch}{kind}" for epoch, kind in ((3, ".online_0_of_1"), (4, ".online_0_of_1"), (4, ".pt"))]
+    for name in ("whole", "rest"):
+        assert sorted(file.name for file in (tmp_path / name / "checkpoints").iterdir()) == files
+    with pytest.raises(ValueError, match="state_dict has every=2 but these prototypes have every=3"):
+        train(main, tmp_path, "rest", "--resume", "latest", *common, "--epochs", 5, "--proto-every", 3)
+
+
+def test_a_checkpoint_without_a_queue_is_gone_on_with(tmp_path, table):
+    train(main, tmp_path, "episodes", *HEADS, *csv(table, "--epochs", 1))
+    first = tmp_path / "episodes" / "checkpoints" / "epoch_1.pt"
+    train(main, tmp_path, "online", "--resume", first, *ONLINE, *csv(table, "--epochs", 2, "--proto-warmup-steps", 2))
+    assert "the queue begins empty" in (tmp_path / "online" / "out.log").read_text()
+    assert logged(tmp_path, "online", "Proto_loss")[-1] > 0.5
+
+
 def test_a_teacher_and_the_loss_of_open_clip_beside_it(tmp_path, table):
     np.save(tmp_path / "teacher.npy", np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32))
     teacher = ["--proto-teacher", f"words={tmp_path / 'teacher.npy'}", "--proto-teacher-dim", 4, "--proto-warmup-epochs", 0]
@@ -273,7 +332,7 @@ def ranks(tmp_path_factory):
     return spawn.run(["integrations.ranks_open_clip"], 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", ["a_step_of_two_processes_is_that_of_one"])
+@pytest.mark.parametrize("case", [case.__name__ for case in ranks_open_clip.CASES])
 def test_on(ranks, case):
     if problem := spawn.failure(case, *ranks):
         pytest.fail(problem, pytrace=False)
@@ -288,8 +347,9 @@ def test_what_cannot_work_is_refused():
     for flags in (["--trace"], ["--torchscript"], ["--horovod"], ["--distill-model", "tiny"], ["--proto-wieght", "1"]):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "tiny", *flags])
-    with pytest.raises(SystemExit):
-        parse_arguments(["--model", "tiny", "--proto-teacher", "file.npy"])
+    for teacher in (["file.npy"], ["words=file.npy", "--proto-online"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--model", "tiny", "--proto-teacher", *teacher])
     with pytest.raises(TypeError, match="CLIP or CustomTextCLIP, got Linear"):
         add_heads(torch.nn.Linear(2, 2))
 

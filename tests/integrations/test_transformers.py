@@ -17,7 +17,7 @@ from host_transformers import small_model
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments, default_data_collator
 
-from protoclip_losses import InfoNCE, ProtoLoss, TeacherAdapter
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, TeacherAdapter
 from protoclip_losses.integrations.transformers import ProtoCLIPTrainer, add_heads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -89,6 +89,29 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_where_an_uninterrupted_one_
     rest.train(resume_from_checkpoint=True)
     assert len(rest.loss.calls) == 6
     rest.save_model(tmp_path / "other end")
+    assert_same_weights(weights(tmp_path / "other end"), weights(tmp_path / "end"))
+
+
+def online_loss():
+    loss = ProtoLoss()
+    loss.set_prototypes(OnlinePrototypes(4, queue_size=22, every=2, warmup=3))
+    return loss
+
+
+def test_an_online_run_killed_and_resumed_ends_where_an_uninterrupted_one_does(tmp_path, pairs):
+    teacher = TeacherAdapter.from_tensor(torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(0)))
+    options = {"arguments": {"num_train_epochs": 3}, "teachers": {"words": teacher}}
+    whole = trainer(tmp_path / "whole", pairs, loss=online_loss(), **options)
+    whole.train()
+    whole.save_model(tmp_path / "end")
+    assert whole.loss.prototypes.step == 12
+    assert {("image", "words"), ("text", "image")} <= whole.loss.prototypes.terms.keys()
+    (tmp_path / "rest").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "rest" / "checkpoint-6")
+    rest = trainer(tmp_path / "rest", pairs, loss=online_loss(), **options)
+    rest.train(resume_from_checkpoint=True)
+    rest.save_model(tmp_path / "other end")
+    assert rest.loss.prototypes.step == 12
     assert_same_weights(weights(tmp_path / "other end"), weights(tmp_path / "end"))
 
 

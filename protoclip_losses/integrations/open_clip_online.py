@@ -1,0 +1,63 @@
+"""Online mode under open_clip's trainer: its settings from the trainer's own, and its state beside the trainer's checkpoints."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distributed import active_group, agree
+from ..losses import ProtoLoss
+from ..online import OnlinePrototypes
+
+
+def online_prototypes(options: argparse.Namespace, loader: Any, args: Any) -> OnlinePrototypes:
+    """Those that ``options`` ask for; what they leave open follows from the size of a step and of an epoch."""
+    samples = args.batch_size * args.accum_freq * args.world_size  # of a step
+    steps = loader.num_batches // args.accum_freq  # of an epoch
+    number = options.proto_num_prototypes or max(1, min(20_000, loader.num_samples // 10))
+    queue_size = options.proto_queue_size or 10 * number
+    every = options.proto_every or max(1, queue_size // samples)
+    # No fewer than it takes to have a sample for each prototype.
+    warmup = options.proto_warmup_steps or max(options.proto_warmup_epochs * steps, -(-number // samples))
+    settings = {"calls_per_step": args.accum_freq, "niter": options.proto_niter, "seed": args.seed}
+    return OnlinePrototypes(number, queue_size, every, warmup, **settings)
+
+
+def _file(folder: Path, epoch: int, args: Any) -> Path:
+    # Not .pt: open_clip's --resume latest takes the last of those for its own.
+    return folder / f"epoch_{epoch}.online_{args.rank}_of_{args.world_size}"
+
+
+def save_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
+    """Write this rank's state after ``epoch`` epochs beside open_clip's checkpoints, and drop those whose checkpoint is gone.
+
+    open_clip writes its own on the first rank, after this: the state of the epoch before stays, for a run killed in between.
+    """
+    if not args.logs or args.logs.lower() == "none":
+        return
+    assert isinstance(loss.prototypes, OnlinePrototypes)
+    folder = Path(args.checkpoint_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _file(folder, epoch, args)
+    partial = file.with_name(f"{file.name}.partial")
+    torch.save(loss.prototypes.state_dict(), partial)
+    os.replace(partial, file)
+    for old in range(1, epoch - 1):
+        if not (folder / f"epoch_{old}.pt").exists():
+            _file(folder, old, args).unlink(missing_ok=True)
+
+
+def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
+    """Go on with the state beside the checkpoint that is resumed; where a rank has none, all begin anew."""
+    if not args.resume or not epoch:
+        return
+    file = _file(Path(args.resume).parent, epoch, args)
+    _, found = agree(lambda: None, active_group(None), int(file.exists()))
+    if all(found):
+        assert isinstance(loss.prototypes, OnlinePrototypes)
+        loss.prototypes.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    else:
+        logging.warning(f"No {file} on every process: the queue begins empty, and prototypes after its warm-up")
