@@ -53,6 +53,16 @@ def test_most_of_the_work_is_left_out(monkeypatch):
     assert sum(scored) < 0.5 * len(clusters.report.objectives) * 3000 * 300
 
 
+def test_a_row_looked_at_again_forgets_what_its_bound_was():
+    features = spread(600, 8)
+    lloyd = torch_engine._Lloyd(rows_of(features), 60, False)
+    lloyd._start(0, 0, None)
+    lloyd.bound += 100  # no score beats that: every row looks at all centroids
+    lloyd._reassign(torch.zeros(60, dtype=torch.bool))
+    scores = (features - lloyd.origin) @ lloyd.centroids.T - lloyd.centroids.square().sum(1) / 2
+    assert torch.allclose(lloyd.bound, scores.topk(2).values[:, 1], atol=1e-4)
+
+
 def test_a_run_ends_when_no_label_changes_or_the_objective_stands_still():
     features = spread(1000, 6)
     full = EpisodicClusterer(100, backend="torch", niter=500, tol=0).fit(features)
