@@ -6,7 +6,7 @@ from torch import Tensor
 from ..kernels.blocks import rows_per_block
 
 BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
-GROUPS = 64  # at most: a maximum of values is ten times faster than one that remembers where; it narrows the search to one group
+GROUPS = 64  # a maximum of values is ten times faster than one that remembers where; it narrows the search to one group
 
 
 @torch.no_grad()
@@ -44,10 +44,10 @@ class Scores:
 
     def __init__(self, centroids: Tensor) -> None:
         count = len(centroids)
-        self.groups = min(GROUPS, -(-count // 4))
-        self.inside = -(-count // self.groups)
+        self.inside = -(-count // GROUPS)
         # Centroids of a group have successive numbers and lie one column of each group apart: a maximum then runs along rows.
-        number = torch.arange(self.groups * self.inside, device=centroids.device).view(self.groups, self.inside).T.flatten()
+        # A multiple of 64 columns, because products round the last few otherwise, and equal centroids would differ.
+        number = torch.arange(GROUPS * self.inside, device=centroids.device).view(GROUPS, self.inside).T.flatten()
         self.columns = centroids[number.clamp(max=count - 1)].T
         self.half_norms = (self.columns.square().sum(0) / 2).masked_fill(number >= count, torch.inf)
         self.step = rows_per_block(len(self.half_norms), torch.float32, None)
@@ -56,7 +56,7 @@ class Scores:
     def best(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's highest score, its column (the lowest among equals), and the highest score of the other columns."""
         scores = torch.addmm(self.half_norms, block, self.columns, beta=-1, out=self.buffer[: len(block)])
-        groups = scores.view(len(block), self.inside, self.groups)
+        groups = scores.view(len(block), self.inside, GROUPS)
         highest = groups.amax(1)
         value, group = highest.max(1)
         inside = groups[torch.arange(len(block), device=block.device), :, group]
