@@ -273,6 +273,26 @@ def test_bad_calls_are_named():
         loss(x["image"], x["text"], 10.0, teacher_features={"minilm": x["minilm"][:3]})
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_targets_are_saved_as_they_were_built(same):
+    """A row of M depends in its last bits on the rows it was built with: a resumed run must not build it again."""
+    loss = ProtoLoss(target_temperature=0.1)
+    loss.set_prototypes(online())
+    in_training(loss, WARMUP + 1)
+    state = loss.state_dict()
+    targets = state["_extra_state"]["targets"]
+    assert [bool(t["rows"]["missing"].all()) for t in targets if t["rows"]] == [False, False]
+    for t in targets:
+        if t["rows"]:
+            t["rows"]["values"] = t["rows"]["values"] + 1.0
+    other = ProtoLoss(target_temperature=0.1, normalize_prototypes=not same)
+    other.load_state_dict(state)
+    for term, t in zip(other._terms, targets, strict=True):
+        if t["rows"]:
+            assert torch.equal(term._offsets.values, t["rows"]["values"]) == same
+            assert term._offsets.num_missing == int(t["rows"]["missing"].sum() if same else K)
+
+
 def test_the_state_of_other_settings_is_an_error():
     with pytest.raises(ValueError, match="state_dict has every=4 but these prototypes have every=7"):
         online(every=7).load_state_dict(online().state_dict())

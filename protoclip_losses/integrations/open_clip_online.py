@@ -38,12 +38,11 @@ def save_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
     """
     if not args.logs or args.logs.lower() == "none":
         return
-    assert isinstance(loss.prototypes, OnlinePrototypes)
     folder = Path(args.checkpoint_path)
     folder.mkdir(parents=True, exist_ok=True)
     file = _file(folder, epoch, args)
     partial = file.with_name(f"{file.name}.partial")
-    torch.save(loss.prototypes.state_dict(), partial)
+    torch.save(loss.get_extra_state(), partial)
     os.replace(partial, file)
     for old in range(1, epoch - 1):
         if not (folder / f"epoch_{old}.pt").exists():
@@ -58,6 +57,8 @@ def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
     _, found = agree(lambda: None, active_group(None), int(file.exists()))
     if all(found):
         assert isinstance(loss.prototypes, OnlinePrototypes)
-        loss.prototypes.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        loss.prototypes.load_state_dict(state["online"])  # raises where the settings are others
+        loss.set_extra_state(state)
     else:
         logging.warning(f"No {file} on every process: the queue begins empty, and prototypes after its warm-up")

@@ -271,13 +271,17 @@ class ProtoLoss(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The prototypes, as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""
-        kind = "online" if isinstance(self._prototypes, OnlinePrototypes) else "prototypes"
-        return {"is_set": self._is_set, kind: None if self._prototypes is None else self._prototypes.state_dict()}
+        online = isinstance(self._prototypes, OnlinePrototypes)
+        saved = None if self._prototypes is None else self._prototypes.state_dict()
+        state = {"is_set": self._is_set, "online" if online else "prototypes": saved}
+        return {**state, "targets": [term.kept_targets(self) for term in self._terms]} if online else state
 
     def set_extra_state(self, state: Any) -> None:
         """Set the prototypes that were saved."""
         if state.get("online") is not None:
             self.set_prototypes(OnlinePrototypes.from_state_dict(state["online"]))
+            for term in self._terms:
+                term.keep_targets(state["targets"], self)
         else:
             saved = state["prototypes"]
             self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))

@@ -1,8 +1,8 @@
 """The terms that ProtoLoss sums: what each needs of the prototypes, weighted and made from the loss's own settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,20 @@ class Term:
     def offset_rows(self, labels: Tensor) -> Tensor | None:
         """M - P of these labels; None for hard targets."""
         return None if self._offsets is None else self._offsets.rows(self.prototypes, self.centroids, labels, self.valid)
+
+    def kept_targets(self, loss: "ProtoLoss") -> dict[str, Any]:
+        """Rows M - P that labels have asked for, and what they depend on. Built anew in other groups, they round otherwise."""
+        made_by = [self.student, self.teacher, self.temperature, loss.back_translation, loss.normalize_prototypes]
+        rows = self._offsets
+        return {"made_by": made_by, "rows": None if rows is None else {"values": rows.values, "missing": rows.missing}}
+
+    def keep_targets(self, saved: Sequence[Mapping[str, Any]], loss: "ProtoLoss") -> None:
+        """Take over the rows that were saved of this term, if the loss has the settings that they were made by."""
+        made_by = self.kept_targets(loss)["made_by"]
+        for targets in saved:
+            if self._offsets is not None and targets["made_by"] == made_by:
+                self._offsets.values, self._offsets.missing = (targets["rows"][name].clone() for name in ("values", "missing"))
+                self._offsets.num_missing = int(self._offsets.missing.sum())
 
     def ignored(self, labels: Tensor) -> Tensor:
         """Labels, with -1 in place of those of prototypes that are not valid.
