@@ -7,17 +7,12 @@ is there is not run again: stop it as you like and give the same line once more.
 `compare_report.py` reads the table. `--jobs` processes of one thread each do more work on as many cores than one of several.
 """
 
-import os
-
-# Read when torch starts its threads, in the workers too.
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
 import argparse
 import csv
 import fcntl
-import hashlib
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -122,6 +117,7 @@ def main() -> None:
     if any(run.changed.get("w_external") or run.changed.get("distill") for run in left):
         pairs = load(args.data)
         load_teacher(list(pairs.subset(splits(pairs)["train"]).captions), args.data)  # once, before there are several processes
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read where the workers start their threads
     start = time.time()
     # Spawned, because a forked process would inherit torch's threads in an unknown state.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:

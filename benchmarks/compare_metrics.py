@@ -46,7 +46,7 @@ class Evaluation:
     def quick(self, model: DualEncoder) -> dict[str, float]:
         """Zero-shot, retrieval, modality gap and a ridge probe, on concepts that are not trained on."""
         train = self._images(model, self.quick_train)
-        result = {}
+        result: dict[str, float] = {}
         for name in QUICK:
             image = self._images(model, self.parts[name])
             figures = self._aligned(model, image, self.parts[name])
@@ -59,7 +59,7 @@ class Evaluation:
     def full(self, model: DualEncoder) -> dict[str, float]:
         """The same without ridge probe on the other styles; everywhere the linear probe, ARI and AMI."""
         image = {name: self._images(model, part) for name, part in self.parts.items()}
-        result = {}
+        result: dict[str, float] = {}
         for name in FULL:
             figures = self._aligned(model, image[name], self.parts[name])
             result |= {f"{name}/{metric}": value for metric, value in figures.items()}
@@ -87,8 +87,7 @@ class Evaluation:
     @torch.no_grad()
     def _images(self, model: DualEncoder, part: Pairs) -> Tensor:
         model.eval()
-        assert isinstance(part.pictures, Tensor)
-        batches = part.pictures.split(256)
+        batches = (part.pictures[index] for index in torch.split(torch.arange(len(part)), 256))
         return torch.cat([model.clip.encode_image(self.inputs.plain(batch)).float() for batch in batches])  # type: ignore[operator]
 
 

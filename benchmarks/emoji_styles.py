@@ -102,11 +102,14 @@ def draw(archives: Path) -> dict[str, Any]:
     by_style = {style: emoji_pairs(SIDE, [style]) for style in ("twemoji", "openmoji")}
     known = by_style["twemoji"]
     row_of = {codes_of[concept]: row for row, concept in enumerate(known.concepts.tolist())}
-    pictures, captions, source, style_number = [], [], [], []
+    pictures: list[Tensor] = []
+    captions: list[str] = []
+    source: list[int] = []
+    style_number: list[int] = []
     for number, style in enumerate(STYLES):
         if style in by_style:
             drawn = by_style[style]
-            pictures += list(drawn.pictures)
+            pictures += drawn.pictures[torch.arange(len(drawn))].unbind()
             captions += list(drawn.captions)
             source += [row_of[codes_of[concept]] for concept in drawn.concepts.tolist()]
         else:
