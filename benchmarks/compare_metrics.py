@@ -37,8 +37,9 @@ EVERY = 3  # the quick probe is fitted on every third training picture
 class Evaluation:
     """The parts of the data that are not trained on, encoded and judged. Columns are `part/metric`."""
 
-    def __init__(self, pairs: Pairs, rows: dict[str, Tensor], inputs: Inputs) -> None:
-        self.parts = {name: pairs.subset(index) for name, index in rows.items()}
+    def __init__(self, pairs: Pairs, rows: dict[str, Tensor], inputs: Inputs, judged_on: str) -> None:
+        wanted = ("train", "validation", *(QUICK + FULL if judged_on == "all" else ()))
+        self.parts = {name: pairs.subset(index) for name, index in rows.items() if name in wanted}
         self.inputs = inputs
         self.prompts = class_prompts(self.parts["train"])
         self.quick_train = self.parts["train"].subset(torch.arange(0, len(rows["train"]), EVERY))
@@ -47,7 +48,7 @@ class Evaluation:
         """Zero-shot, retrieval, modality gap and a ridge probe, on concepts that are not trained on."""
         train = self._images(model, self.quick_train)
         result: dict[str, float] = {}
-        for name in QUICK:
+        for name in self._among(QUICK):
             image = self._images(model, self.parts[name])
             figures = self._aligned(model, image, self.parts[name])
             for kind in KINDS:
@@ -60,16 +61,19 @@ class Evaluation:
         """The same without ridge probe on the other styles; everywhere the linear probe, ARI and AMI."""
         image = {name: self._images(model, part) for name, part in self.parts.items()}
         result: dict[str, float] = {}
-        for name in FULL:
+        for name in self._among(FULL):
             figures = self._aligned(model, image[name], self.parts[name])
             result |= {f"{name}/{metric}": value for metric, value in figures.items()}
         for kind in KINDS:
             for name, accuracy in linear_probes(image, {n: part.labels[kind] for n, part in self.parts.items()}).items():
                 result[f"{name}/linear_probe_{kind}"] = accuracy
-            for name in QUICK:
+            for name in self._among(QUICK):
                 found = grouping(image[name], self.parts[name].labels[kind])
                 result |= {f"{name}/{metric}_{kind}": value for metric, value in found.items()}
         return result
+
+    def _among(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if name in self.parts]
 
     def _aligned(self, model: DualEncoder, image: Tensor, part: Pairs) -> dict[str, float]:
         first: dict[int, int] = {}

@@ -59,6 +59,7 @@ class Settings:
     distill: str = "none"  # cosine or relational: the same teacher without prototypes
     w_distill: float = 1.0
     distill_temperature: float = 0.1
+    judged_on: str = "all"  # or "validation", where hyperparameters are chosen: test pictures are then not even encoded
 
 
 def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]:
@@ -71,7 +72,7 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     # Convolutions in bfloat16 are twice as fast; the text encoder is not, and losses are in float32.
     model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
     tokens = inputs.tokenize(list(pool.captions))
-    evaluation = Evaluation(pairs, rows, inputs)
+    evaluation = Evaluation(pairs, rows, inputs, settings.judged_on)
     if settings.passes == 0:
         yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
         return

@@ -12,15 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS.parent / "examples"))
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from compare import Run, append, finished, read_plan
 from compare_metrics import linear_probes, ridge_probe
 from compare_run import Clock, Schedule, Settings, distillation, is_evaluated
 from compare_stats import final, interval, mean_curve, paired, read_table, share_of_time
 from emoji_styles import STYLES, family, load, splits
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
