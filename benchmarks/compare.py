@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from compare_arms import Settings
 from compare_metrics import COLUMNS
-from compare_run import Settings, load_teacher, train
+from compare_run import load_teacher, train
 from emoji_styles import load, splits
 from measure import machine
 

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, shuffled_captions
 from compare_metrics import Evaluation
 from emoji_styles import load, splits
 from encoders import DualEncoder, WordHash, build_model, minilm_encoder
@@ -31,37 +32,6 @@ PROJECTION = 128  # width of h, and of the teacher's features
 WORDS = 16  # of a caption; nine of ten have no more
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that an arm can differ in. The first block is what plain CLIP has, too."""
-
-    passes: int = 10
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    warmup_steps: int = 40
-    weight_decay: float = 0.2
-    side: int = 24  # of the pictures as the encoder sees them
-    method: str = "clip"  # clip, episodic, or online
-    # Prototypes are made anew before every `cluster_every`-th pass, from features extracted for it, or from those that the
-    # pass before has computed anyway.
-    features: str = "extracted"  # or "training"
-    cluster_every: int = 1
-    warmup_passes: int = 1
-    last_passes: int = 0  # with InfoNCE only
-    num_prototypes: int = 250
-    target_temperature: float = 0.01  # 0: hard targets
-    w_proto: float = 1.0
-    w_external: float = 0.0  # of MiniLM as an external teacher of prototype terms
-    back_translation: bool = True
-    normalize_prototypes: bool = False
-    head_width: int = 512
-    head_norm: str = "batch"
-    distill: str = "none"  # cosine or relational: the same teacher without prototypes
-    w_distill: float = 1.0
-    distill_temperature: float = 0.1
-    judged_on: str = "all"  # or "validation", where hyperparameters are chosen: test pictures are then not even encoded
-
-
 def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]:
     """Train, and yield a row of measurements where :func:`is_evaluated`; the last row holds the whole evaluation."""
     pairs = load(data)
@@ -71,15 +41,17 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
     # Convolutions in bfloat16 are twice as fast; the text encoder is not, and losses are in float32.
     model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
-    tokens = inputs.tokenize(list(pool.captions))
+    captions = list(pool.captions) if settings.captions == "own" else shuffled_captions(pool)
+    tokens = inputs.tokenize(captions)
     evaluation = Evaluation(pairs, rows, inputs, settings.judged_on)
     if settings.passes == 0:
         yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
         return
     wants_teacher = settings.w_external > 0 or settings.distill != "none"
-    teachers = {"minilm": load_teacher(list(pool.captions), data)} if wants_teacher else {}
+    teachers = {"minilm": load_teacher(captions, data)} if wants_teacher else {}
     uses_heads = settings.method != "clip" or settings.distill != "none"
 
+    width = 2 * PROJECTION if settings.gap else PROJECTION
     steps_per_pass = -(-len(pool) // settings.batch_size)
     loss = ProtoLoss(
         w_proto=settings.w_proto,
@@ -108,10 +80,10 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
             if settings.features == "extracted":
                 with clock.stage("extraction"), torch.no_grad():
                     model.eval()
-                    bank = FeatureBank(episode.index, PROJECTION)
+                    bank = FeatureBank(episode.index, width)
                     for index in batches:
                         crops = inputs.augment(pool.pictures[index], index, seed, episode.number, EXTRACTION)
-                        out = encode(model, crops, tokens[index], True)
+                        out = encode(model, crops, tokens[index], True, settings.gap)
                         bank.update(index, out["image_features_projected"], out["text_features_projected"])
             assert bank is not None
             with clock.stage("clustering"):
@@ -122,13 +94,13 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
 
         model.train()
         if settings.features == "training":
-            bank = FeatureBank(episode.index, PROJECTION)
+            bank = FeatureBank(episode.index, width)
         with clock.stage("training"):
             for index in batches:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, settings.passes * steps_per_pass, settings)  # type: ignore[arg-type]
                 crops = inputs.augment(pool.pictures[index], index, seed, episode.number, TRAINING)
-                out = encode(model, crops, tokens[index], uses_heads)
+                out = encode(model, crops, tokens[index], uses_heads, settings.gap)
                 with clock.stage("loss"):
                     if settings.method == "online":
                         seen = {name: teacher[index] for name, teacher in teachers.items() if settings.w_external}
@@ -154,26 +126,7 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
             yield row
 
 
-def is_evaluated(passes_done: int, passes: int) -> bool:
-    """After the first two passes, after every second one, and at the end."""
-    return passes_done <= 2 or passes_done % 2 == 0 or passes_done == passes
-
-
-class Schedule:
-    """Which passes have prototypes, and before which of them there is a new clustering."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.first, self.end = settings.warmup_passes, settings.passes - settings.last_passes
-        self.every = settings.cluster_every
-
-    def with_prototypes(self, number: int) -> bool:
-        return self.first <= number < self.end
-
-    def clusters(self, number: int) -> bool:
-        return self.with_prototypes(number) and (number - self.first) % self.every == 0
-
-
-def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool) -> dict[str, Tensor]:
+def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: float) -> dict[str, Tensor]:
     """What the loss takes; plain CLIP does not pay for heads."""
     image, text = (z.float() for z in model.encode(crops, tokens))
     out = {
@@ -187,23 +140,7 @@ def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool) -> di
             "text_features_projected": F.normalize(model.text_head(text), dim=1),
             "logit_scale_proto": model.logit_scale_proto.exp(),
         }
-    return out
-
-
-def distillation(out: dict[str, Tensor], teacher: Tensor, settings: Settings) -> Tensor:
-    r"""The ordinary ways to learn from a teacher's features t, mean over image and text heads.
-
-    cosine: :math:`1 - h \cdot t`. relational: :math:`\mathrm{KL}(\mathrm{softmax}(t t^T / \tau)\,\|\,
-    \mathrm{softmax}(s_p h h^T))` over the other samples of the batch.
-    """
-    t = F.normalize(teacher, dim=1)
-    heads = [out["image_features_projected"], out["text_features_projected"]]
-    if settings.distill == "cosine":
-        return torch.stack([1 - (h * t).sum(1).mean() for h in heads]).mean()
-    others = ~torch.eye(len(t), dtype=torch.bool)
-    target = (t @ t.T / settings.distill_temperature)[others].view(len(t), -1).softmax(1)
-    logits = [(out["logit_scale_proto"] * h @ h.T)[others].view(len(t), -1) for h in heads]
-    return torch.stack([F.kl_div(x.log_softmax(1), target, reduction="batchmean") for x in logits]).mean()
+    return apart(out, gap) if gap else out
 
 
 def load_teacher(captions: list[str], data: Path) -> TeacherAdapter:

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from compare import Run, append, finished, read_plan
+from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, shuffled_captions
 from compare_metrics import linear_probes, ridge_probe
-from compare_run import Clock, Schedule, Settings, distillation, is_evaluated
+from compare_run import Clock
 from compare_stats import final, interval, mean_curve, paired, read_table, share_of_time
 from emoji_styles import STYLES, family, load, splits
 
@@ -149,6 +150,29 @@ def test_schedule_of_prototypes():
     assert [done for done in range(1, 10) if is_evaluated(done, 9)] == [1, 2, 4, 6, 8, 9]
 
 
+def test_a_gap_leaves_a_modality_as_it_is_and_weakens_what_lies_between():
+    torch.manual_seed(0)
+    x, y = F.normalize(torch.randn(2, 5, 4), dim=2)
+    out = {"image_features": x, "text_features": y, "logit_scale": torch.tensor(10.0)}
+    wide = apart(out, 60)
+    image, text = wide["image_features"], wide["text_features"]
+    assert wide["logit_scale"] is out["logit_scale"]
+    torch.testing.assert_close(image @ image.T, x @ x.T)
+    torch.testing.assert_close(text @ text.T, y @ y.T)
+    torch.testing.assert_close(image @ text.T, 0.5 * x @ y.T)
+
+
+def test_shuffled_captions_are_one_for_each_concept_and_never_its_own(data):
+    pairs = load(data)
+    shuffled = shuffled_captions(pairs)
+    by_concept: dict[int, set[str]] = {}
+    for concept, own, other in zip(pairs.concepts.tolist(), pairs.captions, shuffled, strict=True):
+        assert own != other
+        by_concept.setdefault(concept, set()).add(other)
+    assert all(len(captions) == 1 for captions in by_concept.values())
+    assert len(set(shuffled)) == len(by_concept)
+
+
 def test_probes_find_classes_that_lie_on_lines():
     torch.manual_seed(0)
     y = torch.arange(300) % 3
@@ -220,6 +244,7 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         "protoclip": {"method": "episodic", "features": "training"},
         "no_pbt": {"method": "episodic", "back_translation": False, "target_temperature": 0},
         "online": {"method": "online"},
+        "gap": {"method": "episodic", "gap": 60, "captions": "shuffled", "judged_on": "validation"},
     }
     plan.write_text(json.dumps({"common": small, "arms": {name: {"seeds": 1, "settings": s} for name, s in arms.items()}}))
 
@@ -227,12 +252,15 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         command = [sys.executable, str(BENCHMARKS / "compare.py"), str(plan), str(table), "--data", str(data), "--jobs", "2"]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
-    assert "5 runs planned, 5 left" in compare()
+    assert "6 runs planned, 6 left" in compare()
     first = table.read_text()
     runs = read_table(table)
     assert {arm: [row["pass"] for row in seeds[0]] for arm, seeds in runs.items()} == {
         arm: [0] if arm == "random" else [1, 2] for arm in arms
     }
+    judged = runs.pop("gap")[0][-1]
+    assert "validation/linear_probe_group" in judged
+    assert not [name for name in judged if name.startswith(("concepts", "styles", "both"))]
     for arm, seeds in runs.items():
         end = seeds[0][-1]
         assert 0 < end["concepts/linear_probe_group"] <= 1
@@ -246,10 +274,10 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
     two = [runs[arm][0][1]["validation/modality_gap"] for arm in ("clip", "protoclip", "no_pbt", "online")]
     assert len(set(two)) == 4
 
-    assert "5 runs planned, 0 left" in compare()
+    assert "6 runs planned, 0 left" in compare()
     assert table.read_text() == first
     kept = [line for line in first.splitlines(keepends=True) if not line.startswith("online")]
     table.write_text("".join(kept))
-    assert "5 runs planned, 1 left" in compare()
+    assert "6 runs planned, 1 left" in compare()
     again = read_table(table)["online"][0][-1]
     assert again["concepts/zero_shot_group"] == runs["online"][0][-1]["concepts/zero_shot_group"]
