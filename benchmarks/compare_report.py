@@ -1,6 +1,9 @@
 """Tables (RST) and curves (PNG) of the comparison, from its table alone.
 
+    python benchmarks/compare_report.py benchmarks/results/compare_tuning.csv benchmarks/results
     python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
+
+The first is for a table of settings tried on the validation concepts, the second for the comparison itself.
 
 Differences are paired by seed, with 95% intervals by Student's t. Figures in percent, except for ARI, AMI and modality gap.
 """
@@ -14,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from compare_stats import Curve, Interval, final, interval, mean_curve, paired, read_table, share_of_time
+from compare_stats import Curve, Interval, final, interval, mean_curve, paired, read_table, score, share_of_time
 from matplotlib.axes import Axes
 
 BASE = "clip"
@@ -114,6 +117,17 @@ def shares(runs: Runs) -> str:
     return csv_table("Share of CLIP's training time to CLIP's best validation figure", ["arm", *names.values()], rows)
 
 
+def tried(runs: Runs) -> str:
+    """Every setting of the tuning, best score first."""
+    order = sorted(runs, key=lambda arm: -score(runs[arm]))
+    rows = []
+    for arm in order:
+        ends = {key: statistics.fmean(final(runs[arm], f"validation/{key}").values()) for key in METRICS}
+        cells = [f"{scaled(key, x):.{3 if key.startswith(AS_THEY_ARE) else 1}f}" for key, x in ends.items()]
+        rows.append([arm, str(len(runs[arm])), f"{100 * score(runs[arm]):.2f}", *cells])
+    return csv_table("Settings tried, on validation concepts", ["setting", "seeds", "score", *METRICS.values()], rows)
+
+
 def costs(runs: Runs) -> str:
     """CPU time per sample by stage, and its ratio to CLIP's, paired by seed."""
     stages = ("cpu_training_s", "cpu_loss_s", "cpu_extraction_s", "cpu_clustering_s", "cpu_back_translation_s")
@@ -160,12 +174,15 @@ def _line(axis: Axes, seeds: Mapping[int, Curve], metric: str, clock: str, label
 
 
 def main() -> None:
-    table, folder, picture = map(Path, sys.argv[1:4])
+    table, folder = map(Path, sys.argv[1:3])
     runs = read_table(table)
+    if len(sys.argv) == 3:
+        (folder / f"{table.stem}.rst").write_text(tried(runs))
+        return
     for part in PARTS:
         (folder / f"compare_{part}.rst").write_text(differences(runs, part) + levels(runs, part))
     (folder / "compare_time.rst").write_text(shares(runs) + costs(runs))
-    draw(runs, picture)
+    draw(runs, Path(sys.argv[3]))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,17 @@ def final(runs: Mapping[int, Curve], metric: str) -> dict[int, float]:
     return {seed: curve[-1][metric] for seed, curve in sorted(runs.items()) if metric in curve[-1]}
 
 
+SCORE = ("zero_shot_group", "zero_shot_subgroup", "linear_probe_group", "linear_probe_subgroup", "ami_subgroup")
+RECALLS = tuple(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+
+
+def score(runs: Mapping[int, Curve], part: str = "validation") -> float:
+    """What settings are chosen by: the mean of five figures and of the mean recall, over seeds."""
+    figures = [statistics.fmean(final(runs, f"{part}/{metric}").values()) for metric in SCORE]
+    recall = statistics.fmean(value for metric in RECALLS for value in final(runs, f"{part}/{metric}").values())
+    return statistics.fmean([*figures, recall])
+
+
 def paired(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], metric: str) -> Interval | None:
     """Difference over the seeds that both have: what a seed decides (start, order, augmentation) is the same in both."""
     a, b = final(ours, metric), final(theirs, metric)
