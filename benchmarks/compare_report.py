@@ -1,0 +1,189 @@
+"""Tables (RST) and curves (PNG) of the comparison, from its table alone.
+
+    python benchmarks/compare_report.py benchmarks/results/compare_tuning.csv benchmarks/results
+    python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
+
+The first is for a table of settings tried on the validation concepts, the second for the comparison itself.
+
+Differences are paired by seed, with 95% intervals by Student's t. Figures in percent, except for ARI, AMI and modality gap.
+"""
+
+import csv
+import io
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from compare_stats import Curve, Interval, final, interval, mean_curve, paired, read_table, score, share_of_time
+from matplotlib.axes import Axes
+
+BASE = "clip"
+PARTS = {
+    "concepts": "concepts never trained on",
+    "styles": "styles never trained on",
+    "both": "concepts and styles never trained on",
+}
+METRICS = {
+    "linear_probe_group": "probe",
+    "linear_probe_subgroup": "probe, fine",
+    "zero_shot_group": "zero-shot",
+    "zero_shot_subgroup": "zero-shot, fine",
+    "image_to_text_recall@1": "I>T R@1",
+    "image_to_text_recall@5": "R@5",
+    "image_to_text_recall@10": "R@10",
+    "text_to_image_recall@1": "T>I R@1",
+    "text_to_image_recall@5": "R@5",
+    "text_to_image_recall@10": "R@10",
+    "ari_group": "ARI",
+    "ami_group": "AMI",
+    "ari_subgroup": "ARI, fine",
+    "ami_subgroup": "AMI, fine",
+    "modality_gap": "gap",
+}
+AS_THEY_ARE = ("ari", "ami", "modality_gap")
+CURVES = {
+    "zero_shot_group": "zero-shot, 9 groups",
+    "zero_shot_subgroup": "zero-shot, 99 subgroups",
+    "ridge_probe_group": "ridge probe, 9 groups",
+    "ridge_probe_subgroup": "ridge probe, 99 subgroups",
+    "image_to_text_recall@5": "image to text, R@5",
+    "text_to_image_recall@5": "text to image, R@5",
+}
+DRAWN = {
+    "clip": ("CLIP", "0.55", "-"),
+    "protoclip": ("ProtoCLIP", "C0", "-"),
+    "teacher": ("with MiniLM as teacher", "C3", "--"),
+    "distill": ("CLIP, MiniLM distilled", "C2", ":"),
+}
+CLOCK = "cpu_s"  # of the process: other work on the machine does not change it
+
+Runs = Mapping[str, Mapping[int, Curve]]
+
+
+def scaled(metric: str, value: float) -> float:
+    return value if metric.startswith(AS_THEY_ARE) else 100 * value
+
+
+def shown(metric: str, value: Interval) -> str:
+    """Mean and half-width, in bold where the interval leaves out 0."""
+    digits = 3 if metric.startswith(AS_THEY_ARE) else 1
+    mean, half = scaled(metric, value.mean), scaled(metric, value.high - value.mean)
+    text = f"{mean:+.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:+.{digits}f}"
+    return f"**{text}**" if value.clear else text
+
+
+def csv_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([list(header), *map(list, rows)])
+    body = "".join(f"   {line}\n" for line in text.getvalue().splitlines())
+    return f".. csv-table:: {title}\n   :header-rows: 1\n   :class: small\n\n{body}\n"
+
+
+def levels(runs: Runs, part: str) -> str:
+    """Mean figures of every arm."""
+    metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
+    rows = []
+    for arm, seeds in runs.items():
+        found = {key: list(final(seeds, f"{part}/{key}").values()) for key in metrics}
+        cells = [f"{scaled(key, statistics.fmean(x)):.{3 if key.startswith(AS_THEY_ARE) else 1}f}" for key, x in found.items()]
+        rows.append([arm, str(len(seeds)), *cells])
+    return csv_table(f"Means: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
+
+
+def differences(runs: Runs, part: str) -> str:
+    """Paired differences to plain CLIP."""
+    metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
+    rows = []
+    for arm, seeds in runs.items():
+        found = {key: paired(seeds, runs[BASE], f"{part}/{key}") for key in metrics}
+        if arm not in (BASE, "random") and all(found.values()):
+            rows.append([arm, str(len(seeds)), *(shown(key, x) for key, x in found.items() if x is not None)])
+    return csv_table(f"Difference to {BASE}: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
+
+
+def shares(runs: Runs) -> str:
+    """Share of CLIP's training time at which the mean curve of an arm reaches the best of CLIP's mean curve."""
+    names = {f"validation/{key}": title for key, title in CURVES.items()}
+    base = mean_curve(runs[BASE], [*names, CLOCK])
+    rows = []
+    for arm, seeds in runs.items():
+        if arm not in ("random", BASE):
+            curve = mean_curve(seeds, [*names, CLOCK])
+            found = [share_of_time(curve, base, name, CLOCK) for name in names]
+            rows.append([arm, *(f"{100 * x:.0f}%" if math.isfinite(x) else "not reached" for x in found)])
+    return csv_table("Share of CLIP's training time to CLIP's best validation figure", ["arm", *names.values()], rows)
+
+
+def tried(runs: Runs) -> str:
+    """Every setting of the tuning, best score first."""
+    order = sorted(runs, key=lambda arm: -score(runs[arm]))
+    rows = []
+    for arm in order:
+        ends = {key: statistics.fmean(final(runs[arm], f"validation/{key}").values()) for key in METRICS}
+        cells = [f"{scaled(key, x):.{3 if key.startswith(AS_THEY_ARE) else 1}f}" for key, x in ends.items()]
+        rows.append([arm, str(len(runs[arm])), f"{100 * score(runs[arm]):.2f}", *cells])
+    return csv_table("Settings tried, on validation concepts", ["setting", "seeds", "score", *METRICS.values()], rows)
+
+
+def costs(runs: Runs) -> str:
+    """CPU time per sample by stage, and its ratio to CLIP's, paired by seed."""
+    stages = ("cpu_training_s", "cpu_loss_s", "cpu_extraction_s", "cpu_clustering_s", "cpu_back_translation_s")
+
+    def per_sample(curve: Curve, column: str) -> float:
+        return 1e3 * curve[-1][column] / curve[-1]["samples"]
+
+    rows = []
+    for arm, seeds in runs.items():
+        if arm == "random":
+            continue
+        ratios = [per_sample(seeds[s], CLOCK) / per_sample(runs[BASE][s], CLOCK) for s in seeds.keys() & runs[BASE].keys()]
+        times = [f"{statistics.median(per_sample(curve, stage) for curve in seeds.values()):.3f}" for stage in stages]
+        rows.append([arm, f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]", *times])
+    header = ["arm", "all / CLIP", "training", "of it loss", "extraction", "clustering", "of it back translation"]
+    return csv_table("CPU milliseconds per training sample, medians over seeds", header, rows)
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Validation figures against samples (above) and against CPU time (below): means over seeds with 95% intervals."""
+    figure, axes = plt.subplots(2, len(CURVES), figsize=(3 * len(CURVES), 6), sharey="col", layout="constrained")
+    for column, (metric, title) in enumerate(CURVES.items()):
+        for row, clock in enumerate(("samples", CLOCK)):
+            axis: Axes = axes[row, column]
+            for arm, (label, colour, style) in DRAWN.items():
+                if arm in runs:
+                    _line(axis, runs[arm], f"validation/{metric}", clock, label, colour, style)
+            axis.set_xlabel("training samples, thousands" if row == 0 else "CPU time of training, s")
+            axis.grid(True, alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(title, fontsize=10)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.supylabel("percent, concepts never trained on (validation)", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _line(axis: Axes, seeds: Mapping[int, Curve], metric: str, clock: str, label: str, colour: str, style: str) -> None:
+    points = list(zip(*seeds.values(), strict=True))
+    x = [statistics.fmean(row[clock] for row in rows) / (1e3 if clock == "samples" else 1) for rows in points]
+    y = [interval([100 * row[metric] for row in rows]) for rows in points]
+    axis.plot(x, [value.mean for value in y], style, color=colour, label=f"{label}, {len(seeds)} seeds")
+    if len(seeds) > 1:
+        axis.fill_between(x, [v.low for v in y], [v.high for v in y], color=colour, alpha=0.15, linewidth=0)
+
+
+def main() -> None:
+    table, folder = map(Path, sys.argv[1:3])
+    runs = read_table(table)
+    if len(sys.argv) == 3:
+        (folder / f"{table.stem}.rst").write_text(tried(runs))
+        return
+    for part in PARTS:
+        (folder / f"compare_{part}.rst").write_text(differences(runs, part) + levels(runs, part))
+    (folder / "compare_time.rst").write_text(shares(runs) + costs(runs))
+    draw(runs, Path(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()
