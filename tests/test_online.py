@@ -273,6 +273,13 @@ def test_bad_calls_are_named():
         loss(x["image"], x["text"], 10.0, teacher_features={"minilm": x["minilm"][:3]})
 
 
+def test_targets_of_prototypes_that_are_gone_are_not_saved():
+    loss = ProtoLoss(target_temperature=0.1)
+    loss.set_prototypes(online())
+    in_training(loss, WARMUP + EVERY)  # the last step of a cycle
+    assert loss.state_dict()["_extra_state"]["targets"] == []
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_targets_are_saved_as_they_were_built(same):
     """A row of M depends in its last bits on the rows it was built with: a resumed run must not build it again."""

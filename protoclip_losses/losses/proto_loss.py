@@ -271,10 +271,12 @@ class ProtoLoss(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The prototypes, as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""
-        online = isinstance(self._prototypes, OnlinePrototypes)
         saved = None if self._prototypes is None else self._prototypes.state_dict()
-        state = {"is_set": self._is_set, "online" if online else "prototypes": saved}
-        return {**state, "targets": [term.kept_targets(self) for term in self._terms]} if online else state
+        if not isinstance(self._prototypes, OnlinePrototypes):
+            return {"is_set": self._is_set, "prototypes": saved}
+        # After the last step of a cycle the terms here are still those of the prototypes before.
+        terms = self._terms if self._version == self._prototypes.version else []
+        return {"is_set": self._is_set, "online": saved, "targets": [term.kept_targets(self) for term in terms]}
 
     def set_extra_state(self, state: Any) -> None:
         """Set the prototypes that were saved."""
