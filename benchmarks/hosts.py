@@ -1,11 +1,12 @@
 """Time and memory of a host's training step with ProtoLoss, over the same host's step without it.
 
     python benchmarks/hosts.py --host own_loop       # or open_clip, transformers, lightning
-    python benchmarks/hosts.py --host open_clip --batch 64 --prototypes 2000
+    python benchmarks/hosts.py --host open_clip --model ViT-B-32 --batch 32 --prototypes 2000
 
-Both steps run in one process, A B A B: the same small model and batch; a step is forward, loss, backward and AdamW. Without:
-the host's own loss, no heads. With: heads and prototype terms of an episode that was clustered before. Memory is the rise of
-the process's peak during one step, each in a process of its own.
+The steps run in one process, A B C A B C: the same model and batch; a step is forward, loss, backward and AdamW. "without": the
+host's own loss, no heads. "with": heads and prototype terms of an episode that was clustered before. "online": prototypes from
+a queue, their renewal included. Memory is the rise of the process's peak during one step, each in a process of its own. Models
+of the other hosts are the small ones of the examples, whose step is mostly loss.
 """
 
 import argparse
@@ -20,13 +21,13 @@ import torch
 from measure import Call, in_new_process, interleaved, machine, peak_extra_bytes, ratio
 from torch import Tensor, nn
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss
+from protoclip_losses import EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 HOSTS = ("own_loop", "open_clip", "transformers", "lightning")
 
 
-def build(host: str) -> tuple[Any, Any, Any, Any]:
+def build(host: str, model: str) -> tuple[Any, Any, Any, Any]:
     """(plain model, model with heads, the plain loss of a batch, the arguments of ProtoLoss for a batch)."""
     torch.manual_seed(0)
     if host == "open_clip":
@@ -34,7 +35,7 @@ def build(host: str) -> tuple[Any, Any, Any, Any]:
 
         from protoclip_losses.integrations.open_clip import add_heads
 
-        plain = open_clip.create_model("ViT-S-32-alt", output_dict=True, force_image_size=64)
+        plain = open_clip.create_model(model, output_dict=True)
         own = open_clip.ClipLoss()
         return plain, add_heads(copy.deepcopy(plain)), lambda m, b: own(**m(*b)), lambda m, b: m(*b)
     if host == "transformers":
@@ -42,11 +43,11 @@ def build(host: str) -> tuple[Any, Any, Any, Any]:
 
         from protoclip_losses.integrations.transformers import add_heads as add
 
-        model = small_model()
+        small = small_model()
         names = ("pixel_values", "input_ids")
         return (
-            model,
-            add(copy.deepcopy(model)),
+            small,
+            add(copy.deepcopy(small)),
             lambda m, b: m(**dict(zip(names, b, strict=True)), return_loss=True).loss,
             lambda m, b: m(**dict(zip(names, b, strict=True))),
         )
@@ -74,10 +75,10 @@ class _NoHeads(nn.Module):
         return {}
 
 
-def steps(host: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
+def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
     """One optimizer step of each kind."""
-    plain, headed, plain_loss, arguments = build(host)
-    side, length, words = (64, 77, 49000) if host == "open_clip" else (32, 12, 1000)
+    plain, headed, plain_loss, arguments = build(host, model)
+    side, length, words = (plain.visual.image_size[0], 77, 49000) if host == "open_clip" else (32, 12, 1000)
     data = torch.randn(batch, 3, side, side), torch.randint(1, words, (batch, length))
     headed.train(), plain.train()
     width = arguments(headed, data)["image_features_projected"].shape[1]
@@ -86,6 +87,10 @@ def steps(host: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
     bank.update(bank.index, *h)
     proto = ProtoLoss()
     proto.set_prototypes(EpisodicClusterer(prototypes, niter=2).build(bank))
+    renewed = OnlinePrototypes(prototypes, rows, every=rows // batch, warmup=1)
+    renewed.update({"image": h[0], "text": h[1]}, {})
+    online = ProtoLoss()
+    online.set_prototypes(renewed)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (plain, headed)]
     index = torch.arange(batch)
 
@@ -97,30 +102,33 @@ def steps(host: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
     return {
         "without": lambda: step(plain_loss(plain, data), optimizers[0]),
         "with": lambda: step(proto(**arguments(headed, data), index=index), optimizers[1]),
+        "online": lambda: step(online(**arguments(headed, data)), optimizers[1]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", choices=HOSTS, required=True)
+    parser.add_argument("--model", default="ViT-B-32", help="of open_clip")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prototypes", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=20_000, help="samples of the episode")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--memory-of", choices=("with", "without"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=("with", "without", "online"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    calls = steps(args.host, args.batch, args.prototypes, args.rows)
+    calls = steps(args.host, args.model, args.batch, args.prototypes, args.rows)
     if args.memory_of:
         calls[args.memory_of]()  # optimizer state and thread pools are there before the first counted step
         print(json.dumps({"bytes": peak_extra_bytes(calls[args.memory_of])}))
         return
     print(machine("cpu"))
     times = interleaved(calls, repeats=args.repeats)
-    sizes = ("--batch", args.batch, "--prototypes", args.prototypes, "--rows", args.rows)
+    sizes = ("--model", args.model, "--batch", args.batch, "--prototypes", args.prototypes, "--rows", args.rows)
     for name, ms in times.items():
         memory = in_new_process(__file__, "--host", args.host, *map(str, sizes), "--memory-of", name)["bytes"] / 2**20
         print(f"{args.host} {name}: median {statistics.median(ms):.0f} ms, {memory:.0f} MB")
-    print(f"{args.host} with / without: {ratio(times, 'with', 'without')}")
+    for name in ("with", "online"):
+        print(f"{args.host} {name} / without: {ratio(times, name, 'without')}")
 
 
 if __name__ == "__main__":
