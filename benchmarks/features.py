@@ -49,8 +49,9 @@ def pictures(rows: int, run_dir: Path) -> Tensor:
     pairs = emoji_pairs(32)
 
     def blocks() -> Iterator[Tensor]:
+        every = torch.arange(len(pairs))
         for episode in range(1000):
-            for index in torch.split(torch.arange(len(pairs)), 512):
+            for index in torch.split(every, 512)[: len(pairs) // 512]:  # whole blocks
                 texts = inputs.tokenize([pairs.captions[int(i)] for i in index])
                 yield model(inputs.augment(pairs.pictures[index], index, 0, episode, 0), texts)["image_features_projected"]
 
