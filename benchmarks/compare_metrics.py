@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from augment import Inputs
 from encoders import DualEncoder
-from evaluate import class_prompts, encode_texts
+from evaluate import class_prompts, encode_texts, first_rows
 from pairs import Pairs
 
 from protoclip_losses.metrics import grouping, modality_gap, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
@@ -46,11 +46,11 @@ class Evaluation:
 
     def quick(self, model: DualEncoder) -> dict[str, float]:
         """Zero-shot, retrieval, modality gap and a ridge probe, on concepts that are not trained on."""
-        train = self._images(model, self.quick_train)
+        train, classifiers = self._images(model, self.quick_train), self._classifiers(model)
         result: dict[str, float] = {}
         for name in self._among(QUICK):
             image = self._images(model, self.parts[name])
-            figures = self._aligned(model, image, self.parts[name])
+            figures = self._aligned(model, classifiers, image, self.parts[name])
             for kind in KINDS:
                 labels = self.quick_train.labels[kind], self.parts[name].labels[kind]
                 figures[f"ridge_probe_{kind}"] = ridge_probe(train, labels[0], image, labels[1])
@@ -60,9 +60,10 @@ class Evaluation:
     def full(self, model: DualEncoder) -> dict[str, float]:
         """The same without ridge probe on the other styles; everywhere the linear probe, ARI and AMI."""
         image = {name: self._images(model, part) for name, part in self.parts.items()}
+        classifiers = self._classifiers(model)
         result: dict[str, float] = {}
         for name in self._among(FULL):
-            figures = self._aligned(model, image[name], self.parts[name])
+            figures = self._aligned(model, classifiers, image[name], self.parts[name])
             result |= {f"{name}/{metric}": value for metric, value in figures.items()}
         for kind in KINDS:
             for name, accuracy in linear_probes(image, {n: part.labels[kind] for n, part in self.parts.items()}).items():
@@ -75,17 +76,21 @@ class Evaluation:
     def _among(self, names: tuple[str, ...]) -> list[str]:
         return [name for name in names if name in self.parts]
 
-    def _aligned(self, model: DualEncoder, image: Tensor, part: Pairs) -> dict[str, float]:
-        first: dict[int, int] = {}
-        for row, concept in enumerate(part.concepts.tolist()):
-            first.setdefault(concept, row)
-        once = torch.tensor(list(first.values()))
+    def _classifiers(self, model: DualEncoder) -> dict[str, Tensor]:
+        """Zero-shot classifiers, one for all parts."""
+        cpu = torch.device("cpu")
+        return {
+            kind: zero_shot_classifier([encode_texts(model, self.inputs, texts, cpu) for texts in self.prompts[kind]])
+            for kind in KINDS
+        }
+
+    def _aligned(self, model: DualEncoder, classifiers: dict[str, Tensor], image: Tensor, part: Pairs) -> dict[str, float]:
+        once = first_rows(part.concepts)
         text = encode_texts(model, self.inputs, [part.captions[int(row)] for row in once], torch.device("cpu"))
         result = {"modality_gap": modality_gap(image, text)}
         result |= retrieval_recall(image, text, part.concepts, text_concepts=part.concepts[once])
-        for kind in KINDS:
-            prompts = [encode_texts(model, self.inputs, texts, torch.device("cpu")) for texts in self.prompts[kind]]
-            result[f"zero_shot_{kind}"] = zero_shot_accuracy(image, part.labels[kind], zero_shot_classifier(prompts))["top1"]
+        for kind, classifier in classifiers.items():
+            result[f"zero_shot_{kind}"] = zero_shot_accuracy(image, part.labels[kind], classifier)["top1"]
         return result
 
     @torch.no_grad()

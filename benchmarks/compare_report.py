@@ -67,11 +67,14 @@ def scaled(metric: str, value: float) -> float:
     return value if metric.startswith(AS_THEY_ARE) else 100 * value
 
 
+def figure(metric: str, value: float, sign: str = "") -> str:
+    return f"{scaled(metric, value):{sign}.{3 if metric.startswith(AS_THEY_ARE) else 1}f}"
+
+
 def shown(metric: str, value: Interval) -> str:
     """Mean and half-width, in bold where the interval leaves out 0."""
-    digits = 3 if metric.startswith(AS_THEY_ARE) else 1
-    mean, half = scaled(metric, value.mean), scaled(metric, value.high - value.mean)
-    text = f"{mean:+.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:+.{digits}f}"
+    half = value.high - value.mean
+    text = figure(metric, value.mean, "+") + (f" ± {figure(metric, half)}" if math.isfinite(half) else "")
     return f"**{text}**" if value.clear else text
 
 
@@ -87,8 +90,7 @@ def levels(runs: Runs, part: str) -> str:
     metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
     rows = []
     for arm, seeds in runs.items():
-        found = {key: list(final(seeds, f"{part}/{key}").values()) for key in metrics}
-        cells = [f"{scaled(key, statistics.fmean(x)):.{3 if key.startswith(AS_THEY_ARE) else 1}f}" for key, x in found.items()]
+        cells = [figure(key, statistics.fmean(final(seeds, f"{part}/{key}").values())) for key in metrics]
         rows.append([arm, str(len(seeds)), *cells])
     return csv_table(f"Means: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
 
@@ -122,8 +124,7 @@ def tried(runs: Runs) -> str:
     order = sorted(runs, key=lambda arm: -score(runs[arm]))
     rows = []
     for arm in order:
-        ends = {key: statistics.fmean(final(runs[arm], f"validation/{key}").values()) for key in METRICS}
-        cells = [f"{scaled(key, x):.{3 if key.startswith(AS_THEY_ARE) else 1}f}" for key, x in ends.items()]
+        cells = [figure(key, statistics.fmean(final(runs[arm], f"validation/{key}").values())) for key in METRICS]
         rows.append([arm, str(len(runs[arm])), f"{100 * score(runs[arm]):.2f}", *cells])
     return csv_table("Settings tried, on validation concepts", ["setting", "seeds", "score", *METRICS.values()], rows)
 
@@ -148,7 +149,7 @@ def costs(runs: Runs) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """Validation figures against samples (above) and against CPU time (below): means over seeds with 95% intervals."""
-    figure, axes = plt.subplots(2, len(CURVES), figsize=(3 * len(CURVES), 6), sharey="col", layout="constrained")
+    picture, axes = plt.subplots(2, len(CURVES), figsize=(3 * len(CURVES), 6), sharey="col", layout="constrained")
     for column, (metric, title) in enumerate(CURVES.items()):
         for row, clock in enumerate(("samples", CLOCK)):
             axis: Axes = axes[row, column]
@@ -160,8 +161,8 @@ def draw(runs: Runs, path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         axes[0, column].set_title(title, fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.supylabel("percent, concepts never trained on (validation)", fontsize=9)
-    figure.savefig(path, dpi=100)
+    picture.supylabel("percent, concepts never trained on (validation)", fontsize=9)
+    picture.savefig(path, dpi=100)
 
 
 def _line(axis: Axes, seeds: Mapping[int, Curve], metric: str, clock: str, label: str, colour: str, style: str) -> None:

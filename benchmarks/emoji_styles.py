@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from pairs import Pairs, Strings, concept_number, decode, emoji_pairs
+from pairs import Pairs, Strings, code_points, concept_number, decode, emoji_pairs
 
 
 class Style(NamedTuple):
@@ -145,7 +145,7 @@ def _read_archive(archives: Path, style: str) -> dict[str, Any]:
 
 
 def _codes(unified: str) -> Codes:
-    return tuple(int(code, 16) for code in unified.split("-") if code.upper() != "FE0F")
+    return code_points(int(code, 16) for code in unified.split("-"))
 
 
 def _letters(name: str) -> str:

@@ -51,10 +51,7 @@ def evaluate(
     each caption once; every picture of its concept is a right answer.
     """
     image, text = encode_pairs(model, inputs, held_out, device, workers, f"held-out pairs, {name}")
-    seen: dict[int, int] = {}
-    for row, concept in enumerate(held_out.concepts.tolist()):
-        seen.setdefault(concept, row)
-    once = torch.tensor(list(seen.values()))
+    once = first_rows(held_out.concepts)
     result = {"modality_gap": modality_gap(image, text)}
     result |= retrieval_recall(image, text[once], held_out.concepts, text_concepts=held_out.concepts[once])
     if held_out.labels:
@@ -66,6 +63,14 @@ def evaluate(
         result["linear_probe"] = linear_probe(train_image, train.labels["group"], image, groups)["accuracy"]
         result |= grouping(image, groups)
     return result, image, text
+
+
+def first_rows(concepts: Tensor) -> Tensor:
+    """The first row of each concept."""
+    seen: dict[int, int] = {}
+    for row, concept in enumerate(concepts.tolist()):
+        seen.setdefault(concept, row)
+    return torch.tensor(list(seen.values()))
 
 
 @torch.no_grad()

