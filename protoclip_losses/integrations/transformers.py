@@ -141,8 +141,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         """ProtoLoss in training; in evaluation the model's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        index = inputs["index"]
-        outputs = model(**inputs)
+        index, outputs = inputs["index"], model(**inputs)
         labels = {"index": index}
         if self.online:
             labels = {"teacher_features": {name: x[index.cpu()].to(index.device) for name, x in self.teachers.items()}}
