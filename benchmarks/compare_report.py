@@ -8,17 +8,16 @@ The first is for a table of settings tried on the validation concepts, the secon
 Differences are paired by seed, with 95% intervals by Student's t. Figures in percent, except for ARI, AMI and modality gap.
 """
 
-import csv
-import io
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from compare_stats import Curve, Interval, final, interval, mean_curve, paired, read_table, score, share_of_time
 from matplotlib.axes import Axes
+from measure import csv_table
 
 BASE = "clip"
 PARTS = {
@@ -76,13 +75,6 @@ def shown(metric: str, value: Interval) -> str:
     half = value.high - value.mean
     text = figure(metric, value.mean, "+") + (f" ± {figure(metric, half)}" if math.isfinite(half) else "")
     return f"**{text}**" if value.clear else text
-
-
-def csv_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([list(header), *map(list, rows)])
-    body = "".join(f"   {line}\n" for line in text.getvalue().splitlines())
-    return f".. csv-table:: {title}\n   :header-rows: 1\n   :class: small\n\n{body}\n"
 
 
 def levels(runs: Runs, part: str) -> str:

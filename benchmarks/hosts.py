@@ -3,10 +3,11 @@
     python benchmarks/hosts.py --host own_loop       # or open_clip, transformers, lightning
     python benchmarks/hosts.py --host open_clip --model ViT-B-32 --batch 32 --prototypes 2000
 
-The steps run in one process, A B C A B C: the same model and batch; a step is forward, loss, backward and AdamW. "without": the
-host's own loss, no heads. "with": heads and prototype terms of an episode that was clustered before. "online": prototypes from
-a queue, their renewal included. Memory is the rise of the process's peak during one step, each in a process of its own. Models
-of the other hosts are the small ones of the examples, whose step is mostly loss.
+The calls run in one process, A B C D A B C D: the same model and batch; a step is forward, loss, backward and AdamW. "without":
+the host's own loss, no heads. "with": heads and prototype terms of an episode that was clustered before. "online": prototypes
+from a queue, their renewal included. "extraction": no step, but the forward pass into the feature bank that an episode begins
+with. Memory is the rise of the process's peak during one call, each in a process of its own. Models of the other hosts are the
+small ones of the examples, whose step is mostly loss.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from protoclip_losses import EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+CALLS = ("without", "with", "online", "extraction")
 HOSTS = ("own_loop", "open_clip", "transformers", "lightning")
 
 
@@ -76,7 +78,7 @@ class _NoHeads(nn.Module):
 
 
 def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
-    """One optimizer step of each kind."""
+    """One call of each kind."""
     plain, headed, plain_loss, arguments = build(host, model)
     side, length, words = (plain.visual.image_size[0], 77, 49000) if host == "open_clip" else (32, 12, 1000)
     data = torch.randn(batch, 3, side, side), torch.randint(1, words, (batch, length))
@@ -99,10 +101,18 @@ def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict
         loss.backward()
         optimizer.step()
 
+    @torch.no_grad()
+    def extraction() -> None:
+        headed.eval()
+        out = arguments(headed, data)
+        bank.update(index, out["image_features_projected"], out["text_features_projected"])
+        headed.train()
+
     return {
         "without": lambda: step(plain_loss(plain, data), optimizers[0]),
         "with": lambda: step(proto(**arguments(headed, data), index=index), optimizers[1]),
         "online": lambda: step(online(**arguments(headed, data)), optimizers[1]),
+        "extraction": extraction,
     }
 
 
@@ -114,7 +124,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=20_000, help="samples of the episode")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--memory-of", choices=("with", "without", "online"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=CALLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     calls = steps(args.host, args.model, args.batch, args.prototypes, args.rows)
     if args.memory_of:
@@ -127,7 +137,7 @@ def main() -> None:
     for name, ms in times.items():
         memory = in_new_process(__file__, "--host", args.host, *map(str, sizes), "--memory-of", name)["bytes"] / 2**20
         print(f"{args.host} {name}: median {statistics.median(ms):.0f} ms, {memory:.0f} MB")
-    for name in ("with", "online"):
+    for name in CALLS[1:]:
         print(f"{args.host} {name} / without: {ratio(times, name, 'without')}")
 
 

@@ -15,10 +15,10 @@ import argparse
 import csv
 import json
 import statistics
-from typing import TextIO
+from pathlib import Path
 
 from cases import Case, Results, installed, make
-from measure import free_bytes, in_new_process, interleaved, machine, peak_extra_bytes, ratio
+from measure import csv_table, free_bytes, in_new_process, interleaved, machine, peak_extra_bytes, ratio
 
 CASES = (
     "soft/float32/4096/20000/128",
@@ -105,19 +105,7 @@ def main() -> None:
             file.write(f"# {machine(args.device)}\n")
             csv.writer(file).writerows([HEADER, *rows])
     if args.rst:
-        with open(args.rst, "w", newline="") as file:
-            file.write(f".. csv-table:: {machine(args.device)}\n   :header-rows: 1\n\n")
-            csv.writer(Indented(file)).writerows([HEADER, *rows])
-
-
-class Indented:
-    """A file whose lines are indented by three spaces."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-
-    def write(self, line: str) -> None:
-        self.file.write("   " + line.replace("\r\n", "\n"))
+        Path(args.rst).write_text(csv_table(machine(args.device), HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """How everything here is measured: interleaved in one process, medians with their spread, memory in a process of its own."""
 
+import csv
 import gc
+import io
 import json
 import os
 import platform
@@ -8,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -83,3 +85,11 @@ def machine(device: str) -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def csv_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table for the pages."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([list(header), *map(list, rows)])
+    body = "".join(f"   {line}\n" for line in text.getvalue().splitlines())
+    return f".. csv-table:: {title}\n   :header-rows: 1\n   :class: small\n\n{body}\n"
