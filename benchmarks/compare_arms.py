@@ -24,6 +24,7 @@ class Settings:
     warmup_steps: int = 40
     weight_decay: float = 0.2
     side: int = 24  # of the pictures as the encoder sees them
+    drawings: str = "all"  # or "one" of each concept
     method: str = "clip"  # clip, episodic, or online
     # Prototypes are made anew before every `cluster_every`-th pass, from features extracted for it, or from those that the
     # pass before has computed anyway.
@@ -79,6 +80,14 @@ def apart(out: dict[str, Tensor], degrees: float) -> dict[str, Tensor]:
     images = {name: torch.cat([share * x, own * x], 1) for name, x in out.items() if name.startswith("image")}
     texts = {name: F.pad(x, (0, x.shape[1])) for name, x in out.items() if name.startswith("text")}
     return {**out, **images, **texts}
+
+
+def one_each(pairs: Pairs) -> Tensor:
+    """Rows of one drawing of each concept, which a hash of the concept picks, so that no style is left out."""
+    rows: dict[int, list[int]] = {}
+    for row, concept in enumerate(pairs.concepts.tolist()):
+        rows.setdefault(concept, []).append(row)
+    return torch.tensor([own[concept % len(own)] for concept, own in rows.items()])
 
 
 def shuffled_captions(pairs: Pairs) -> list[str]:

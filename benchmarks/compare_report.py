@@ -3,7 +3,9 @@
     python benchmarks/compare_report.py benchmarks/results/compare_tuning.csv benchmarks/results
     python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
 
-The first is for a table of settings tried on the validation concepts, the second for the comparison itself.
+    python benchmarks/compare_report.py benchmarks/results/compare_levers.csv benchmarks/results
+
+Without a picture: a table of settings tried on the validation concepts; with one: the comparison itself.
 
 Differences are paired by seed, with 95% intervals by Student's t. Figures in percent, except for ARI, AMI and modality gap.
 """
@@ -21,6 +23,7 @@ from measure import csv_table
 
 BASE = "clip"
 PARTS = {
+    "validation": "validation concepts",
     "concepts": "concepts never trained on",
     "styles": "styles never trained on",
     "both": "concepts and styles never trained on",
@@ -87,13 +90,20 @@ def levels(runs: Runs, part: str) -> str:
     return csv_table(f"Means: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
 
 
+def base_of(arm: str, runs: Runs) -> str:
+    """CLIP under the condition that the arm's name has after a comma, if that was run; else CLIP."""
+    same = BASE + arm[len(arm.split(",")[0]) :]
+    return same if same in runs else BASE
+
+
 def differences(runs: Runs, part: str) -> str:
     """Paired differences to plain CLIP."""
     metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
     rows = []
     for arm, seeds in runs.items():
-        found = {key: paired(seeds, runs[BASE], f"{part}/{key}") for key in metrics}
-        if arm not in (BASE, "random") and all(found.values()):
+        base = base_of(arm, runs)
+        found = {key: paired(seeds, runs[base], f"{part}/{key}") for key in metrics}
+        if arm not in (base, "random") and all(found.values()):
             rows.append([arm, str(len(seeds)), *(shown(key, x) for key, x in found.items() if x is not None)])
     return csv_table(f"Difference to {BASE}: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
 
@@ -170,9 +180,10 @@ def main() -> None:
     table, folder = map(Path, sys.argv[1:3])
     runs = read_table(table)
     if len(sys.argv) == 3:
-        (folder / f"{table.stem}.rst").write_text(tried(runs))
+        repeated = any(len(seeds) > 1 for seeds in runs.values())
+        (folder / f"{table.stem}.rst").write_text((differences(runs, "validation") if repeated else "") + tried(runs))
         return
-    for part in PARTS:
+    for part in ("concepts", "styles", "both"):
         (folder / f"compare_{part}.rst").write_text(differences(runs, part) + levels(runs, part))
     (folder / "compare_time.rst").write_text(shares(runs) + costs(runs))
     draw(runs, Path(sys.argv[3]))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, shuffled_captions
+from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
 from compare_metrics import Evaluation
 from emoji_styles import load, splits
 from encoders import DualEncoder, WordHash, build_model, minilm_encoder
@@ -37,6 +37,10 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     pairs = load(data)
     rows = splits(pairs)
     pool = pairs.subset(rows["train"])
+    chosen = one_each(pool) if settings.drawings == "one" else torch.arange(len(pool))
+    wants_teacher = settings.w_external > 0 or settings.distill != "none"
+    teachers = {"minilm": TeacherAdapter.from_tensor(load_teacher(list(pool.captions), data)[chosen])} if wants_teacher else {}
+    pool = pool.subset(chosen)
     model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
     # Convolutions in bfloat16 are twice as fast; the text encoder is not, and losses are in float32.
@@ -47,8 +51,6 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     if settings.passes == 0:
         yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
         return
-    wants_teacher = settings.w_external > 0 or settings.distill != "none"
-    teachers = {"minilm": load_teacher(captions, data)} if wants_teacher else {}
     uses_heads = settings.method != "clip" or settings.distill != "none"
 
     width = 2 * PROJECTION if settings.gap else PROJECTION

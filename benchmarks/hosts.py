@@ -80,7 +80,10 @@ class _NoHeads(nn.Module):
 def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
     """One call of each kind."""
     plain, headed, plain_loss, arguments = build(host, model)
-    side, length, words = (plain.visual.image_size[0], 77, 49000) if host == "open_clip" else (32, 12, 1000)
+    side, length, words = 32, 12, 1000
+    if host == "open_clip":
+        size, length, words = plain.visual.image_size, 77, 49000
+        side = size if isinstance(size, int) else size[0]
     data = torch.randn(batch, 3, side, side), torch.randint(1, words, (batch, length))
     headed.train(), plain.train()
     width = arguments(headed, data)["image_features_projected"].shape[1]

@@ -1,11 +1,11 @@
 """The CC3M recipe's time and memory, by stage: what this machine measures of each stage, times how often the recipe runs it.
 
-    python benchmarks/recipe.py --rst benchmarks/results/recipe.rst     # needs open_clip; 25 minutes on 2 cores
+    python benchmarks/recipe.py --rst benchmarks/results/recipe.rst     # needs open_clip; 12 minutes on 2 cores
 
 Steps and extraction are ratios to CLIP's step of the same model and batch (`hosts.py`), turned into hours by what the paper says
-of CLIP on one GPU, or by `--clip-hours` of yours. Clustering is in seconds of this machine's processor: K-means of image, text
-and one teacher with three starts each, back translation, and targets, on mixtures of as many groups as there are prototypes.
-Decoding of pictures is the loader's and not counted.
+of CLIP on one GPU, or by `--clip-hours` of yours. Clustering is in seconds of this machine's processor, of which each process is
+taken to have its own: K-means of image, text and one teacher with three starts each, back translation, and targets, on mixtures
+of as many groups as there are prototypes. Decoding of pictures is the loader's and not counted.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def clustering(rows: int, prototypes: int, width: int, teacher: int) -> tuple[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="RN50-quickgelu", help="of open_clip")
-    parser.add_argument("--batch", type=int, default=16, help="of the measured calls")
+    parser.add_argument("--batch", type=int, default=64, help="of the measured calls")
     parser.add_argument("--episode-size", type=int, default=200_000)
     parser.add_argument("--prototypes", type=int, default=20_000)
     parser.add_argument("--clip-hours", type=float, default=PUBLISHED_HOURS, help="CLIP's time for 100 episodes on one GPU")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rst", type=Path)
     args = parser.parse_args()
     seconds, memory = clustering(args.episode_size, args.prototypes, 128, 64)
@@ -65,7 +65,7 @@ def main() -> None:
         table.append([title, f"{ratio(times, name, 'without')} of CLIP's step", *(f"{x:.1f}" for x in hours)])
         for mode in MODES[name]:
             sums[mode] = [a + b for a, b in zip(sums[mode], hours, strict=True)]
-    hours = [seconds * episodes / 3600 for episodes, _ in RECIPES.values()]
+    hours = [seconds * episodes / 3600 / processes for episodes, processes in RECIPES.values()]
     table.append(["clustering, on the processor", f"{seconds:.0f} s, {memory:.0f} MB", *(f"{x:.1f}" for x in hours)])
     sums["episodic"] = [a + b for a, b in zip(sums["episodic"], hours, strict=True)]
     for mode, total in sums.items():

@@ -6,10 +6,8 @@ with prototypes from a queue of recent features instead of an extraction pass ov
     python examples/train_cc3m.py --method clip
     python examples/train_cc3m.py --method online
 
-Conceptual Captions as img2dataset writes it, an open_clip model, the paper's recipe for one GPU:
-    python examples/train_cc3m.py --train-data 'cc3m/{00000..00331}.tar' --model RN50-quickgelu --workers 8 --episodes 100 \
-        --episode-size 200000 --num-prototypes 20000 --cluster-restarts 3 --batch-size 64 --learning-rate 5e-5 \
-        --warmup-steps 2000 --weight-decay 0.5 --head-width 2048
+Conceptual Captions as img2dataset writes it, an open_clip model, the paper's recipe for one GPU (also for more of them):
+    bash examples/cc3m.sh one-gpu --train-data 'cc3m/{00000..00331}.tar' --run-dir runs/cc3m
 
 Pairs of your own, from a TSV of picture path and caption, or from a folder with a .txt beside each picture:
     python examples/train_cc3m.py --train-data pairs.tsv --val-data more_pairs.tsv

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from compare import Run, append, finished, read_plan
-from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, shuffled_captions
+from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
 from compare_metrics import linear_probes, ridge_probe
 from compare_run import Clock
 from compare_stats import final, interval, mean_curve, paired, read_table, share_of_time
@@ -174,6 +174,13 @@ def test_shuffled_captions_are_one_for_each_concept_and_never_its_own(data):
     assert len(set(shuffled)) == len(by_concept)
 
 
+def test_one_drawing_of_each_concept(data):
+    pairs = load(data)
+    chosen = pairs.subset(one_each(pairs))
+    assert sorted(chosen.concepts.tolist()) == list(range(200))
+    assert chosen.labels["style"].tolist() == [concept % 3 for concept in chosen.concepts.tolist()]  # of styles 0, 1, 2 each
+
+
 def test_probes_find_classes_that_lie_on_lines():
     torch.manual_seed(0)
     y = torch.arange(300) % 3
@@ -248,6 +255,7 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         "no_pbt": {"method": "episodic", "back_translation": False, "target_temperature": 0},
         "online": {"method": "online"},
         "gap": {"method": "episodic", "gap": 60, "captions": "shuffled", "judged_on": "validation"},
+        "one": {"drawings": "one"},
     }
     plan.write_text(json.dumps({"common": small, "arms": {name: {"seeds": 1, "settings": s} for name, s in arms.items()}}))
 
@@ -255,7 +263,7 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         command = [sys.executable, str(BENCHMARKS / "compare.py"), str(plan), str(table), "--data", str(data), "--jobs", "2"]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
-    assert "6 runs planned, 6 left" in compare()
+    assert "7 runs planned, 7 left" in compare()
     first = table.read_text()
     runs = read_table(table)
     assert {arm: [row["pass"] for row in seeds[0]] for arm, seeds in runs.items()} == {
@@ -271,16 +279,17 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         assert arm == "random" or end["cpu_s"] > 0
     assert runs["protoclip"][0][-1]["cpu_clustering_s"] > 0 == runs["clip"][0][-1]["cpu_clustering_s"]
     assert runs["protoclip"][0][-1]["cpu_extraction_s"] == 0 < runs["no_pbt"][0][-1]["cpu_extraction_s"]
+    assert 2 * runs["one"][0][-1]["samples"] == runs["clip"][0][-1]["samples"]  # two styles are trained on
     # The first pass is InfoNCE alone in all of them, from the same start and in the same order.
     one = [runs[arm][0][0]["validation/zero_shot_group"] for arm in ("clip", "protoclip", "no_pbt", "online")]
     assert len(set(one)) == 1
     two = [runs[arm][0][1]["validation/modality_gap"] for arm in ("clip", "protoclip", "no_pbt", "online")]
     assert len(set(two)) == 4
 
-    assert "6 runs planned, 0 left" in compare()
+    assert "7 runs planned, 0 left" in compare()
     assert table.read_text() == first
     kept = [line for line in first.splitlines(keepends=True) if not line.startswith("online")]
     table.write_text("".join(kept))
-    assert "6 runs planned, 1 left" in compare()
+    assert "7 runs planned, 1 left" in compare()
     again = read_table(table)["online"][0][-1]
     assert again["concepts/zero_shot_group"] == runs["online"][0][-1]["concepts/zero_shot_group"]

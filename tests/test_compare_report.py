@@ -74,6 +74,19 @@ def test_table_of_settings_is_sorted_by_score(table, tmp_path):
         text.index(f"   {arm},3,") for arm in ("protoclip", "clip", "random")
     )
     assert cells(text, "Settings tried", "clip")["score"] == "31.00"
+    assert cells(text, "Difference to clip: validation concepts", "protoclip")["AMI"] == "**+0.100 ± 0.050**"
+
+
+def test_an_arm_is_compared_with_clip_under_its_own_condition(table, tmp_path):
+    for seed in range(3):
+        for arm, figure in (("clip, 3 passes", 0.2), ("protoclip, 3 passes", 0.25), ("protoclip, K 60", 0.41 + seed / 100)):
+            append(table, Run(arm, seed, {}), [{"pass": 3, **dict.fromkeys(COLUMNS, figure)}])
+    report("compare_report.py", table, tmp_path)
+    text = (tmp_path / "compare.rst").read_text()
+    title = "Difference to clip: validation concepts"
+    assert cells(text, title, "protoclip, 3 passes")["probe"] == "**+5.0 ± 0.0**"
+    assert cells(text, title, "protoclip, K 60")["probe"] == "**+11.0 ± 0.0**"
+    assert "clip, 3 passes" not in text.split(".. csv-table::")[1]  # a condition, not an arm
 
 
 def test_score_weighs_six_figures_alike():
