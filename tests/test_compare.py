@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from compare import Run, append, finished, read_plan
 from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
-from compare_metrics import linear_probes, ridge_probe
+from compare_metrics import PENALTIES, linear_probes, ridge_probe
 from compare_run import Clock
 from compare_stats import final, interval, mean_curve, paired, read_table, share_of_time
 from emoji_styles import STYLES, family, load, splits
@@ -192,6 +194,25 @@ def test_probes_find_classes_that_lie_on_lines():
     assert min(found.values()) > 0.9
     wrong = {n: (b if n != "concepts" else (b + 1) % 3) for n, (_, b) in parts.items()}
     assert linear_probes({n: a for n, (a, _) in parts.items()}, wrong)["concepts"] < 0.1
+
+
+def test_the_penalty_is_the_one_that_is_best_on_validation_concepts():
+    chosen = []
+    for noise in (torch.full((60,), 1.5), torch.linspace(0, 6, 60)):  # alike in all columns, and in some of them little
+        torch.manual_seed(0)
+        y = torch.arange(400) % 4
+        x = torch.randn(4, 60)[y] * 0.4 + noise * torch.randn(400, 60)
+        rows = {"train": slice(0, 100), "validation": slice(100, 250), "concepts": slice(250, 400)}
+        scaler = StandardScaler().fit(x[:100])
+        scores = []
+        for penalty in PENALTIES:
+            probe = LogisticRegression(C=penalty, max_iter=300, tol=1e-3).fit(scaler.transform(x[:100]), y[:100])
+            scores.append([probe.score(scaler.transform(x[rows[part]]), y[rows[part]]) for part in ("validation", "concepts")])
+        best = max(range(len(PENALTIES)), key=lambda i: scores[i][0])
+        chosen.append(best)
+        found = linear_probes({n: x[r] for n, r in rows.items()}, {n: y[r] for n, r in rows.items()})
+        assert [found["validation"], found["concepts"]] == pytest.approx(scores[best])
+    assert chosen == [0, 1]
 
 
 def test_clock_counts_this_process_and_not_the_wait():
