@@ -88,8 +88,8 @@ def machine(device: str) -> str:
 
 
 def csv_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table for the pages."""
+    """A table for the pages. At signs are escaped, or "R@10" would be a mail address."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(header), *map(list, rows)])
-    body = "".join(f"   {line}\n" for line in text.getvalue().splitlines())
+    body = "".join(f"   {line}\n" for line in text.getvalue().replace("@", r"\@").splitlines())
     return f".. csv-table:: {title}\n   :header-rows: 1\n   :class: small\n\n{body}\n"
