@@ -48,20 +48,24 @@ class Run(NamedTuple):
         return self.arm, str(self.seed), json.dumps(self.changed, sort_keys=True)
 
 
-def read_plan(path: Path) -> list[Run]:
+def read_plan(path: Path, arms: list[str] | None = None, seeds: list[int] | None = None) -> list[Run]:
     """The runs of a plan, all arms of a seed together, so that a table that is not finished has every arm.
 
-    Raises SystemExit for a setting that does not exist.
+    `arms` leaves out the others, `seeds` replaces those of the plan. Raises SystemExit for an arm or a setting that is not there.
     """
     plan = json.loads(path.read_text())
     default = asdict(Settings())
+    if unknown := set(arms or ()) - plan["arms"].keys():
+        raise SystemExit(f"{path}: there are no arms {sorted(unknown)}; there are {sorted(plan['arms'])}")
     runs = []
     for arm, wanted in plan["arms"].items():
+        if arms and arm not in arms:
+            continue
         chosen = {**plan.get("common", {}), **wanted.get("settings", {})}
         if unknown := chosen.keys() - default.keys():
             raise SystemExit(f"{path}: arm {arm!r} has settings {sorted(unknown)}; there are {sorted(default)}")
         changed = {name: value for name, value in chosen.items() if value != default[name]}
-        runs += [Run(arm, seed, changed) for seed in range(wanted.get("first_seed", 0), wanted["seeds"])]
+        runs += [Run(arm, seed, changed) for seed in seeds or range(wanted.get("first_seed", 0), wanted["seeds"])]
     return sorted(runs, key=lambda run: run.seed)
 
 
@@ -109,9 +113,11 @@ def main() -> None:
     p.add_argument("plan", type=Path)
     p.add_argument("table", type=Path, help="CSV file that rows are appended to")
     p.add_argument("--data", type=Path, default=Path("runs/emoji.npz"), help="what emoji_styles.py wrote")
+    p.add_argument("--arms", nargs="+", help="these of the plan only")
+    p.add_argument("--seeds", type=int, nargs="+", help="these instead of the plan's")
     p.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     args = p.parse_args()
-    runs = read_plan(args.plan)
+    runs = read_plan(args.plan, args.arms, args.seeds)
     args.table.parent.mkdir(parents=True, exist_ok=True)
     left = [run for run in runs if run.key not in finished(args.table)]
     print(f"{len(runs)} runs planned, {len(left)} left", flush=True)
