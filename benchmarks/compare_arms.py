@@ -36,6 +36,7 @@ class Settings:
     target_temperature: float = 0.01  # 0: hard targets
     w_proto: float = 1.0
     w_external: float = 0.0  # of MiniLM as an external teacher of prototype terms
+    external_target_temperature: float = 0.0
     back_translation: bool = True
     normalize_prototypes: bool = False
     head_width: int = 512

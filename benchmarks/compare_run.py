@@ -59,6 +59,7 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
         w_proto=settings.w_proto,
         w_external=settings.w_external,
         target_temperature=settings.target_temperature,
+        external_target_temperature=settings.external_target_temperature,
         back_translation=settings.back_translation,
         normalize_prototypes=settings.normalize_prototypes,
     )
