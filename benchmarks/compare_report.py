@@ -150,21 +150,26 @@ def costs(runs: Runs) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Validation figures against samples (above) and against CPU time (below): means over seeds with 95% intervals."""
-    picture, axes = plt.subplots(2, len(CURVES), figsize=(3 * len(CURVES), 6), sharey="col", layout="constrained")
-    for column, (metric, title) in enumerate(CURVES.items()):
+    """Validation figures against samples, and below that against CPU time: means over seeds with 95% intervals."""
+    wide = 3
+    picture, axes = plt.subplots(2 * len(CURVES) // wide, wide, figsize=(9, 10.5), layout="constrained")
+    for number, (metric, title) in enumerate(CURVES.items()):
+        block, column = divmod(number, wide)
         for row, clock in enumerate(("samples", CLOCK)):
-            axis: Axes = axes[row, column]
+            axis: Axes = axes[2 * block + row, column]
             for arm, (label, colour, style) in DRAWN.items():
                 if arm in runs:
                     _line(axis, runs[arm], f"validation/{metric}", clock, label, colour, style)
             axis.set_xlabel("training samples, thousands" if row == 0 else "CPU time of training, s")
             axis.grid(True, alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-        axes[0, column].set_title(title, fontsize=10)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+        axes[2 * block, column].set_title(title, fontsize=10)
+        axes[2 * block, column].sharey(axes[2 * block + 1, column])
+    picture.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(DRAWN), frameon=False, fontsize=9
+    )
     picture.supylabel("percent, concepts never trained on (validation)", fontsize=9)
-    picture.savefig(path, dpi=100)
+    picture.savefig(path, dpi=150)
 
 
 def _line(axis: Axes, seeds: Mapping[int, Curve], metric: str, clock: str, label: str, colour: str, style: str) -> None:
