@@ -97,15 +97,20 @@ def base_of(arm: str, runs: Runs) -> str:
 
 
 def differences(runs: Runs, part: str) -> str:
-    """Paired differences to plain CLIP."""
+    """Paired differences to plain CLIP; on validation concepts also of the score that settings are chosen by."""
     metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
     rows = []
     for arm, seeds in runs.items():
         base = base_of(arm, runs)
         found = {key: paired(seeds, runs[base], f"{part}/{key}") for key in metrics}
         if arm not in (base, "random") and all(found.values()):
-            rows.append([arm, str(len(seeds)), *(shown(key, x) for key, x in found.items() if x is not None)])
-    return csv_table(f"Difference to {BASE}: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
+            own = [shown(key, x) for key, x in found.items() if x is not None]
+            if part == "validation":
+                scores = [score({0: seeds[s]}) - score({0: runs[base][s]}) for s in seeds.keys() & runs[base].keys()]
+                own.insert(0, shown("score", interval(scores)))
+            rows.append([arm, str(len(seeds)), *own])
+    header = ["arm", "seeds", *(["score"] if part == "validation" else []), *metrics.values()]
+    return csv_table(f"Difference to {BASE}: {PARTS[part]}", header, rows)
 
 
 def shares(runs: Runs) -> str:

@@ -86,6 +86,7 @@ def test_an_arm_is_compared_with_clip_under_its_own_condition(table, tmp_path):
     title = "Difference to clip: validation concepts"
     assert cells(text, title, "protoclip, 3 passes")["probe"] == "**+5.0 ± 0.0**"
     assert cells(text, title, "protoclip, K 60")["probe"] == "**+11.0 ± 0.0**"
+    assert cells(text, title, "protoclip")["score"] == "**+10.0 ± 5.0**"
     assert '"clip, 3 passes"' not in text.split(".. csv-table::")[1]  # a condition, not an arm
 
 
