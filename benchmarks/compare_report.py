@@ -4,6 +4,7 @@
     python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
 
     python benchmarks/compare_report.py benchmarks/results/compare_levers.csv benchmarks/results
+    python benchmarks/compare_report.py benchmarks/results/compare_second.csv benchmarks/results/second docs/_static/second.png
 
 Without a picture: a table of settings tried on the validation concepts; with one: the comparison itself.
 
@@ -59,6 +60,10 @@ DRAWN = {
     "protoclip": ("ProtoCLIP", "C0", "-"),
     "teacher": ("with MiniLM as teacher", "C3", "--"),
     "distill": ("CLIP, MiniLM distilled", "C2", ":"),
+    "protoclip_K600": ("ProtoCLIP, K 600", "C0", "-"),
+    "teacher_soft": ("MiniLM as teacher, soft", "C3", "--"),
+    "distill_4": ("CLIP, MiniLM distilled", "C2", ":"),
+    "teacher_distill": ("both", "C4", "-."),
 }
 CLOCK = "cpu_s"  # of the process: other work on the machine does not change it
 
@@ -170,9 +175,8 @@ def draw(runs: Runs, path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         axes[2 * block, column].set_title(title, fontsize=10)
         axes[2 * block, column].sharey(axes[2 * block + 1, column])
-    picture.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(DRAWN), frameon=False, fontsize=9
-    )
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    picture.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
     picture.supylabel("percent, concepts never trained on (validation)", fontsize=9)
     picture.savefig(path, dpi=150)
 
@@ -188,6 +192,7 @@ def _line(axis: Axes, seeds: Mapping[int, Curve], metric: str, clock: str, label
 
 def main() -> None:
     table, folder = map(Path, sys.argv[1:3])
+    folder.mkdir(parents=True, exist_ok=True)
     runs = read_table(table)
     if len(sys.argv) == 3:
         repeated = any(len(seeds) > 1 for seeds in runs.values())
