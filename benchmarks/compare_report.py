@@ -63,7 +63,7 @@ DRAWN = {
     "protoclip_K600": ("ProtoCLIP, K 600", "C0", "-"),
     "teacher_soft": ("MiniLM as teacher, soft", "C3", "--"),
     "distill_4": ("CLIP, MiniLM distilled", "C2", ":"),
-    "teacher_distill": ("both", "C4", "-."),
+    "teacher_distill": ("MiniLM as teacher and distilled", "C4", "-."),
 }
 CLOCK = "cpu_s"  # of the process: other work on the machine does not change it
 
@@ -176,7 +176,7 @@ def draw(runs: Runs, path: Path) -> None:
         axes[2 * block, column].set_title(title, fontsize=10)
         axes[2 * block, column].sharey(axes[2 * block + 1, column])
     handles, names = axes[0, 0].get_legend_handles_labels()
-    picture.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
+    picture.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     picture.supylabel("percent, concepts never trained on (validation)", fontsize=9)
     picture.savefig(path, dpi=150)
 
