@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     method.add_argument("--queue-size", type=int, help="online: recent pairs that are clustered; default: 10 per prototype")
     method.add_argument("--renew-every", type=int, help="online: steps between prototypes; default: those that fill the queue")
     method.add_argument("--target-temperature", type=float, default=0.01, help="of soft targets; 0 or less: hard targets")
+    method.add_argument("--external-target-temperature", type=float, default=0.0, help="the same of the teacher's terms")
     method.add_argument("--weight-clip", type=float, default=1.0)
     method.add_argument("--weight-proto", type=float, default=1.0)
     method.add_argument("--weight-external", type=float, default=1.0)
@@ -164,6 +165,7 @@ def main() -> None:
         w_proto=args.weight_proto,
         w_external=args.weight_external,
         target_temperature=args.target_temperature,
+        external_target_temperature=args.external_target_temperature,
     )
     clusterer = EpisodicClusterer(
         num_prototypes, niter=args.cluster_iterations, nredo=args.cluster_restarts, seed=args.seed, device=args.cluster_device

@@ -221,7 +221,13 @@ def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) 
     np.save(right, rows.astype(np.float16))
     written = run(*arguments, "--run-dir", str(tmp_path / "b"), "--teacher", str(right), "--teacher-width", "8")
     assert "by image, text, right" in written
-    assert any(record["proto_external_loss"] > 0 for record in records(tmp_path / "b"))
+    hard = next(record for record in records(tmp_path / "b") if record["proto_external_loss"] > 0)
+    soft_targets = ["--external-target-temperature", "1"]
+    run(*arguments, "--run-dir", str(tmp_path / "c"), "--teacher", str(right), "--teacher-width", "8", *soft_targets)
+    soft = next(record for record in records(tmp_path / "c") if record["proto_external_loss"] > 0)
+    # The first step with prototypes: the same features and clusters, other targets.
+    assert (soft["step"], soft["contrastive_loss"]) == (hard["step"], hard["contrastive_loss"])
+    assert soft["proto_external_loss"] != hard["proto_external_loss"]
 
 
 @pytest.mark.parametrize(
