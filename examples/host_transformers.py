@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+import torch.distributed as dist
 from host_pairs import LENGTH, SIDE, VOCABULARY, PicturePairs
 from transformers import CLIPConfig, CLIPModel, TrainingArguments
 
@@ -52,6 +53,9 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
+    if dist.is_initialized():  # a process that ends while another still writes can abort
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
