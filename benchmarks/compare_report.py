@@ -1,9 +1,8 @@
 """Tables (RST) and curves (PNG) of the comparison, from its table alone.
 
     python benchmarks/compare_report.py benchmarks/results/compare_tuning.csv benchmarks/results
-    python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
-
     python benchmarks/compare_report.py benchmarks/results/compare_levers.csv benchmarks/results
+    python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
     python benchmarks/compare_report.py benchmarks/results/compare_second.csv benchmarks/results/second docs/_static/second.png
 
 Without a picture: a table of settings tried on the validation concepts; with one: the comparison itself.
@@ -18,11 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from compare_stats import Curve, Interval, final, interval, mean_curve, paired, read_table, score, share_of_time
+from compare_stats import Curve, Interval, difference, final, interval, mean_curve, read_table, score, scores, share_of_time
 from matplotlib.axes import Axes
 from measure import csv_table
 
 BASE = "clip"
+ABLATED, ABLATIONS = "protoclip", ("protoclip_reuse", "online", "no_pbt", "hard")
 PARTS = {
     "validation": "validation concepts",
     "concepts": "concepts never trained on",
@@ -95,27 +95,28 @@ def levels(runs: Runs, part: str) -> str:
     return csv_table(f"Means: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
 
 
-def base_of(arm: str, runs: Runs) -> str:
-    """CLIP under the condition that the arm's name has after a comma, if that was run; else CLIP."""
-    same = BASE + arm[len(arm.split(",")[0]) :]
-    return same if same in runs else BASE
+def base_of(arm: str, runs: Runs, base: str) -> str:
+    """The base under the condition that the arm's name has after a comma, if that was run; else the base."""
+    same = base + arm[len(arm.split(",")[0]) :]
+    return same if same in runs else base
 
 
-def differences(runs: Runs, part: str) -> str:
-    """Paired differences to plain CLIP; on validation concepts also of the score that settings are chosen by."""
-    metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
+def differences(runs: Runs, part: str, base: str = BASE) -> str:
+    """Paired differences to the base; on validation concepts also of the score that settings are chosen by."""
+    metrics = {key: title for key, title in METRICS.items() if final(runs[base], f"{part}/{key}")}
+    if part == "validation":
+        metrics = {"score": "score", **metrics}
+
+    def figures(arm: str, key: str) -> dict[int, float]:
+        return scores(runs[arm]) if key == "score" else final(runs[arm], f"{part}/{key}")
+
     rows = []
     for arm, seeds in runs.items():
-        base = base_of(arm, runs)
-        found = {key: paired(seeds, runs[base], f"{part}/{key}") for key in metrics}
-        if arm not in (base, "random") and all(found.values()):
-            own = [shown(key, x) for key, x in found.items() if x is not None]
-            if part == "validation":
-                scores = [score({0: seeds[s]}) - score({0: runs[base][s]}) for s in seeds.keys() & runs[base].keys()]
-                own.insert(0, shown("score", interval(scores)))
-            rows.append([arm, str(len(seeds)), *own])
-    header = ["arm", "seeds", *(["score"] if part == "validation" else []), *metrics.values()]
-    return csv_table(f"Difference to {BASE}: {PARTS[part]}", header, rows)
+        own_base = base_of(arm, runs, base)
+        found = {key: difference(figures(arm, key), figures(own_base, key)) for key in metrics}
+        if arm not in (own_base, "random") and all(found.values()):
+            rows.append([arm, str(len(seeds)), *(shown(key, x) for key, x in found.items() if x is not None)])
+    return csv_table(f"Difference to {base}: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
 
 
 def shares(runs: Runs) -> str:
@@ -200,6 +201,9 @@ def main() -> None:
         return
     for part in ("concepts", "styles", "both"):
         (folder / f"compare_{part}.rst").write_text(differences(runs, part) + levels(runs, part))
+    if ABLATED in runs:
+        ablations = {arm: seeds for arm, seeds in runs.items() if arm in (ABLATED, *ABLATIONS)}
+        (folder / "compare_ablation.rst").write_text(differences(ablations, "concepts", ABLATED))
     (folder / "compare_time.rst").write_text(shares(runs) + costs(runs))
     draw(runs, Path(sys.argv[3]))
 

@@ -36,21 +36,21 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     """Train, and yield a row of measurements where :func:`is_evaluated`; the last row holds the whole evaluation."""
     pairs = load(data)
     rows = splits(pairs)
-    pool = pairs.subset(rows["train"])
-    chosen = one_each(pool) if settings.drawings == "one" else torch.arange(len(pool))
-    wants_teacher = settings.w_external > 0 or settings.distill != "none"
-    teachers = {"minilm": TeacherAdapter.from_tensor(load_teacher(list(pool.captions), data)[chosen])} if wants_teacher else {}
-    pool = pool.subset(chosen)
+    everything = pairs.subset(rows["train"])
+    captions = list(everything.captions) if settings.captions == "own" else shuffled_captions(everything)
+    chosen = one_each(everything) if settings.drawings == "one" else torch.arange(len(everything))
+    pool = everything.subset(chosen)
     model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
     # Convolutions in bfloat16 are twice as fast; the text encoder is not, and losses are in float32.
     model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
-    captions = list(pool.captions) if settings.captions == "own" else shuffled_captions(pool)
-    tokens = inputs.tokenize(captions)
+    tokens = inputs.tokenize(captions)[chosen]
     evaluation = Evaluation(pairs, rows, inputs, settings.judged_on)
     if settings.passes == 0:
         yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
         return
+    wants_teacher = settings.w_external > 0 or settings.distill != "none"
+    teachers = {"minilm": TeacherAdapter.from_tensor(load_teacher(captions, data)[chosen])} if wants_teacher else {}
     uses_heads = settings.method != "clip" or settings.distill != "none"
 
     width = 2 * PROJECTION if settings.gap else PROJECTION

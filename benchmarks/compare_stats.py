@@ -64,11 +64,20 @@ def score(runs: Mapping[int, Curve], part: str = "validation") -> float:
     return statistics.fmean([*figures, recall])
 
 
-def paired(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], metric: str) -> Interval | None:
+def scores(runs: Mapping[int, Curve]) -> dict[int, float]:
+    """The score of each seed."""
+    return {seed: score({seed: curve}) for seed, curve in runs.items()}
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
     """Difference over the seeds that both have: what a seed decides (start, order, augmentation) is the same in both."""
-    a, b = final(ours, metric), final(theirs, metric)
-    both = a.keys() & b.keys()
-    return interval([a[seed] - b[seed] for seed in sorted(both)]) if both else None
+    both = ours.keys() & theirs.keys()
+    return interval([ours[seed] - theirs[seed] for seed in sorted(both)]) if both else None
+
+
+def paired(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], metric: str) -> Interval | None:
+    """:func:`difference` of a figure at the end of the runs."""
+    return difference(final(ours, metric), final(theirs, metric))
 
 
 def share_of_time(ours: Curve, theirs: Curve, metric: str, clock: str) -> float:

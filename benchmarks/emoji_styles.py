@@ -195,6 +195,8 @@ def main() -> None:
     for number, (name, style) in enumerate(STYLES.items()):
         print(f"{int((pairs.labels['style'] == number).sum()):6,}  {name:18} {style.credit}")
     print(*(f"{name} {len(rows):,}" for name, rows in splits(pairs).items()), sep=", ")
+    train = pairs.subset(splits(pairs)["train"])
+    print(f"train: {len(set(train.concepts.tolist())):,} concepts, {len(set(train.captions)):,} different captions")
 
 
 if __name__ == "__main__":

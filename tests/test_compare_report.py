@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from compare import STAGES, Run, append
+from compare import ABOUT, STAGES, Run, append
 from compare_metrics import COLUMNS
 from compare_stats import score
 
@@ -65,6 +65,19 @@ def test_tables_of_the_comparison(table, tmp_path):
     cost = cells(time, "CPU milliseconds", "protoclip")
     assert (cost["all / CLIP"], cost["of it loss"]) == ("2.00 [2.00, 2.00]", "5.000")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_ablations_are_compared_with_protoclip(table, tmp_path):
+    with table.open() as file:
+        theirs = [row for row in csv.DictReader(file) if row["arm"] == "protoclip"]
+    for seed in range(3):
+        rows = [{**row, **{name: float(row[name]) - 0.04 for name in COLUMNS}} for row in theirs if row["seed"] == str(seed)]
+        append(table, Run("no_pbt", seed, {}), [{k: v for k, v in row.items() if k not in ABOUT} for row in rows])
+    report("compare_report.py", table, tmp_path, tmp_path / "compare.png")
+    text = (tmp_path / "compare_ablation.rst").read_text()
+    assert cells(text, "Difference to protoclip: concepts never trained on", "no_pbt")["probe"] == "**-4.0 ± 0.0**"
+    assert "random" not in text
+    assert "clip," not in text.replace("protoclip", "")
 
 
 def test_table_of_settings_is_sorted_by_score(table, tmp_path):
