@@ -10,7 +10,7 @@ from measure import Call
 from torch import Tensor
 
 from protoclip_losses import PrototypeLoss, functional
-from protoclip_losses.functional import contrastive
+from protoclip_losses.kernels import blocks
 from protoclip_losses.kernels.blocks import rows_per_block
 
 SCALE = 1 / 0.07
@@ -150,11 +150,11 @@ class PairCase(Case):
 
     def streamed(self) -> Results:
         """As beyond the budget: nothing kept between the passes."""
-        budget, contrastive.LOGITS_BUDGET = contrastive.LOGITS_BUDGET, 0
+        budget, blocks.LOGITS_BUDGET = blocks.LOGITS_BUDGET, 0
         try:
             return self._run(functional.info_nce)
         finally:
-            contrastive.LOGITS_BUDGET = budget
+            blocks.LOGITS_BUDGET = budget
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Results:
         def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_losses.pca import PCA
+from protoclip_losses.teachers import PCA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from encoders import build_model, minilm_encoder

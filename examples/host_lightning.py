@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from protoclip_losses import EpisodeSampler, ProtoLoss
-from protoclip_losses.integrations.extraction import EpisodeOrder, WithIndex
-from protoclip_losses.integrations.heads import ProjectionHeads
+from protoclip_losses.episodes import EpisodeOrder, WithIndex
+from protoclip_losses.heads import ProjectionHeads
 from protoclip_losses.integrations.lightning import ProtoCLIPCallback
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from protoclip_losses import EpisodeSampler, EpisodicClusterer, FeatureBank, ProtoLoss  # 1
-from protoclip_losses.integrations.extraction import WithIndex
-from protoclip_losses.integrations.heads import ProjectionHeads
+from protoclip_losses.episodes import WithIndex
+from protoclip_losses.heads import ProjectionHeads
 
 
 class Clip(nn.Module):

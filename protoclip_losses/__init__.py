@@ -2,15 +2,11 @@
 
 from . import functional
 from ._version import __version__
-from .back_translation import PrototypicalBackTranslation
-from .clustering import ClusteringReport, Clusters, EpisodeReport, EpisodicClusterer, Prototypes, PrototypeTerm
-from .collector import FeatureCollector
-from .episodes import Episode, EpisodeSampler, FeatureBank
+from .clustering import ClusteringReport, Clusters
+from .episodes import Episode, EpisodeSampler, FeatureBank, FeatureCollector, StreamEpisode, StreamEpisodes, StreamPass
 from .heads import ProjectionHead
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
-from .online import OnlinePrototypes
-from .stream_pass import StreamPass
-from .streams import StreamEpisode, StreamEpisodes
+from .prototypes import EpisodeReport, EpisodicClusterer, OnlinePrototypes, Prototypes, PrototypeTerm, PrototypicalBackTranslation
 from .teachers import TeacherAdapter
 
 __all__ = [

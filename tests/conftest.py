@@ -2,12 +2,12 @@
 
 import pytest
 
-from protoclip_losses.kernels import prototype
+from protoclip_losses.kernels import blocks
 
 
 @pytest.fixture(scope="module", params=["streamed", "dense"])
 def form(request):
     """Logits of any size in blocks, then by the dense expression: tests are small, and would see only that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prototype, "DENSE_LOGITS", {"streamed": 0, "dense": 2**62}[request.param])
+        patch.setattr(blocks, "DENSE_LOGITS", {"streamed": 0, "dense": 2**62}[request.param])
         yield request.param

@@ -171,7 +171,7 @@ def test_the_labels_of_a_batch_are_sought_once(monkeypatch):
     loss, asked = ProtoLoss(), []
     loss.set_prototypes(online())
     in_training(loss, WARMUP)
-    monkeypatch.setattr("protoclip_losses.online.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
+    monkeypatch.setattr("protoclip_losses.prototypes.online.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
     in_training(loss, 1)
     assert [rows for rows in asked if rows] == [BATCH] * 3  # of image, text and teacher; no row of the queue has its turn yet
 

@@ -9,7 +9,7 @@ from helpers import blobs, seeded
 from protoclip_losses import EpisodicClusterer
 from protoclip_losses.clustering import torch_engine
 from protoclip_losses.clustering.assign import Scores
-from protoclip_losses.clustering.rows import Rows, Settings
+from protoclip_losses.clustering.points import Rows, Settings
 
 
 def spread(rows, width, seed=0):

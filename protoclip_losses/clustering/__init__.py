@@ -1,8 +1,6 @@
-"""Episodic clustering: K-means of an episode's features, and the prototypes made from it. One file per engine."""
+"""K-means of rows: one file per engine."""
 
-from .clusterer import EpisodicClusterer
-from .clusters import Clusters
-from .prototypes import Prototypes, PrototypeTerm
-from .report import ClusteringReport, EpisodeReport
+from .kmeans import Clusters
+from .report import ClusteringReport
 
-__all__ = ["ClusteringReport", "Clusters", "EpisodeReport", "EpisodicClusterer", "PrototypeTerm", "Prototypes"]
+__all__ = ["ClusteringReport", "Clusters"]

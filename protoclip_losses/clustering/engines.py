@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from . import faiss_engine, torch_engine
-from .rows import Rows, Run, Settings
+from .points import Rows, Run, Settings
 
 ENGINES: dict[str, Callable[[Rows, int, Settings], Run]] = {"faiss": faiss_engine.kmeans, "torch": torch_engine.kmeans}
 BACKENDS = ("auto", *ENGINES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import agree, broadcast, rank
-from .rows import Rows, Run, Settings
+from .points import Rows, Run, Settings
 
 
 def load_faiss() -> Any:

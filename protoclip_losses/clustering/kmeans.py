@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, gather_rows, rank
+from .points import finite_rows
 from .report import ClusteringReport
-from .rows import finite_rows
 
 
 @dataclass(frozen=True)

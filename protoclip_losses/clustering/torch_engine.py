@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .assign import BLOCK_ROWS, Scores
-from .rows import Rows, Run, Settings, sums_by_label, wide
+from .points import Rows, Run, Settings, sums_by_label, wide
 
 ROUNDS = 16  # in which the first centroids are drawn; K-means++ draws one a round
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks as check
-from .episodes import FeatureBank
-from .teachers import TeacherAdapter
+from .. import _checks as check
+from ..teachers import TeacherAdapter
+from .bank import FeatureBank
 
 
 class FeatureCollector:

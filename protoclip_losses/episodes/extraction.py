@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from ..distributed import active_group, broadcast
-from ..episodes import EpisodeSampler, FeatureBank
+from .bank import FeatureBank
+from .sampler import EpisodeSampler
 
 
 class WithIndex(Dataset[Any]):
     """A map-style data set whose items carry their place in it: under ``"index"`` in a mapping, last in a tuple or list.
 
     Example:
-        >>> from protoclip_losses.integrations.extraction import WithIndex
+        >>> from protoclip_losses.episodes.extraction import WithIndex
         >>> WithIndex([("cat.jpg", "a cat"), ("dog.jpg", "a dog")])[1]
         ('dog.jpg', 'a dog', 1)
     """
@@ -38,7 +39,7 @@ class EpisodeOrder(Sampler[int]):
 
     Example:
         >>> from protoclip_losses import EpisodeSampler
-        >>> from protoclip_losses.integrations.extraction import EpisodeOrder
+        >>> from protoclip_losses.episodes.extraction import EpisodeOrder
         >>> order = EpisodeOrder(EpisodeSampler(dataset_size=10, episode_size=4))
         >>> order.set_epoch(1)
         >>> list(order) == EpisodeSampler(10, 4).episode(1).index.tolist()

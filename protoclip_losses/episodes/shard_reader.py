@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .episodes import permutation
+from .sampler import permutation
 
 if TYPE_CHECKING:
-    from .streams import StreamEpisode
+    from .stream import StreamEpisode
 
 SHARD = 2**32  # sample numbers of one shard: more than any file has samples
 

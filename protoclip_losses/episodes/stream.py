@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from . import _checks as check
-from .episodes import permutation
-from .stream_pass import Lanes, StreamPass
+from .. import _checks as check
+from .sampler import permutation
+from .shard_reader import Lanes, StreamPass
 
 
 class StreamEpisodes:

@@ -5,11 +5,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import ALONE, Ranks
+from ..kernels import blocks
 from ..kernels.blocks import product_dtype, rows_per_block
-from ..kernels.contrastive import pair_nll_sum
-
-# Bytes of B x B logits that the loss may keep between its two passes. Within it three products, beyond it four.
-LOGITS_BUDGET = 512 * 2**20
+from ..kernels.info_nce import pair_nll_sum
 
 
 def info_nce(
@@ -85,6 +83,6 @@ def pair_sum(
     """Sum over own pairs of the InfoNCE loss among all ranks' pairs, and how many images rank their own text first."""
     batch, columns = image.shape[0], sum(ranks.sizes) or image.shape[0]
     dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
-    keep = batch * columns * scale.element_size() <= LOGITS_BUDGET
+    keep = batch * columns * scale.element_size() <= blocks.LOGITS_BUDGET
     chunk = rows_per_block(columns, dtype, chunk_size)
     return pair_nll_sum(image.to(dtype), text.to(dtype), scale, chunk, keep, with_accuracy, ranks)

@@ -1,4 +1,4 @@
-"""The prototype term: cross-entropy of student features against prototypes, and the soft targets of a teacher clustering."""
+"""Cross-entropy of student features against prototypes."""
 
 import math
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..kernels import prototype as kernel
-from ..kernels.blocks import LogitBlocks, product_dtype, rows_per_block
+from ..kernels import blocks
+from ..kernels import prototype_cross_entropy as kernel
+from ..kernels.blocks import product_dtype, rows_per_block
+from .soft_targets import base_prototypes
 
 
 def prototype_cross_entropy(
@@ -135,11 +137,6 @@ def mean_of_kept(total: Tensor, keep: Tensor | None, check_values: bool | None, 
     return total / (max(1, features.shape[0]) if keep is None else keep.sum().clamp(min=1))
 
 
-def base_prototypes(labels: Tensor, valid: Tensor | None) -> Tensor:
-    """The prototype each soft target is written relative to: the label's own, or the first valid one where that is invalid."""
-    return labels if valid is None else labels.where(valid[labels], valid.int().argmax())
-
-
 def prototype_sum(
     features: Tensor,
     prototypes: Tensor,
@@ -167,7 +164,7 @@ def prototype_sum(
         if keep is not None:
             offsets = offsets.where(keep[:, None], 0)
     rows, columns = h.shape[0], prototypes.shape[0]
-    small = chunk_size is None and rows * columns <= kernel.DENSE_LOGITS
+    small = chunk_size is None and rows * columns <= blocks.DENSE_LOGITS
     # Autograd would round in between in low precision, and cannot save what was made in inference mode.
     if small and dtype == scale.dtype and not made_in_inference_mode(prototypes, base):
         return kernel.dense_nll_sum(h, prototypes, scale, base, keep, valid, offsets, with_accuracy)
@@ -184,88 +181,3 @@ def prototype_sum(
 def made_in_inference_mode(*inputs: Tensor) -> bool:
     """Whether any of these is an inference tensor, which keeps no version and cannot be saved for backward."""
     return not torch.compiler.is_compiling() and any(x.is_inference() for x in inputs)
-
-
-def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:
-    r"""Soft targets of a teacher clustering, pulled through to the student's prototypes.
-
-    .. math::
-        M = \mathrm{softmax}(C C^\top / \tau_y)\, P
-
-    where :math:`C` (K, Dt) are the teacher's centroids, :math:`P` (K, D) the prototypes in the student's space. The target of
-    a sample depends on its label alone, so that these K rows are all the targets there are. Built in blocks of rows: K x K is
-    never held. The result is a constant: no gradient flows through it.
-
-    Args:
-        teacher_centroids: (K, Dt).
-        prototypes: (K, D).
-        temperature: :math:`\tau_y` > 0. As it falls to 0 the targets become hard, ``M = P`` (for centroids of equal norm).
-        valid: (K,) bool; the softmax is over valid prototypes alone.
-
-    Returns:
-        (K, D) in float32 (float64 if either input is float64).
-
-    Raises:
-        TypeError: inputs that are not floating-point tensors, a mask that is not bool.
-        ValueError: different K, a temperature that is not positive, no valid prototype, a non-finite valid row.
-
-    Example:
-        >>> import torch
-        >>> soft_targets(torch.eye(2), torch.eye(2), temperature=1.0)
-        tensor([[0.7311, 0.2689],
-                [0.2689, 0.7311]])
-
-    Source:
-        ProtoCLIP section III-B, equation of the soft target, https://arxiv.org/abs/2206.10996; the factored form is ours.
-    """
-    check.matrix("prototypes", prototypes)
-    check.matrix("teacher_centroids", teacher_centroids, rows=prototypes.shape[0], of=" as prototypes")
-    check.same_device("teacher_centroids", teacher_centroids, "prototypes", prototypes)
-    check.valid_mask(valid, prototypes.shape[0])
-    if valid is not None and not bool(valid.any()):
-        raise ValueError("valid must leave at least one prototype, got none")
-    check.temperature("temperature", temperature)
-    check.finite("teacher_centroids", teacher_centroids if valid is None else teacher_centroids[valid])
-    check.finite("prototypes", prototypes if valid is None else prototypes[valid])
-    labels = torch.arange(prototypes.shape[0], device=prototypes.device)
-    return soft_target_rows(teacher_centroids, prototypes, temperature, labels, valid, relative=False)
-
-
-@torch.no_grad()
-def soft_target_rows(
-    teacher_centroids: Tensor,
-    prototypes: Tensor,
-    temperature: float,
-    labels: Tensor,
-    valid: Tensor | None = None,
-    *,
-    relative: bool,
-) -> Tensor:
-    r"""Rows M_a of the soft targets for these labels, at the price of these rows; or, ``relative`` to their base prototypes,
-
-    .. math::
-        M_a - P_b = \sum_{j \ne b} y_{a j} P_j - \Big( \sum_{j \ne b} y_{a j} \Big) P_b
-
-    formed so and not by subtraction: an offset then keeps all its digits as the targets become hard.
-    """
-    dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
-    with torch.autocast(prototypes.device.type, enabled=False):
-        centroids, columns = teacher_centroids.to(dtype), prototypes.to(dtype)
-        keys = centroids
-        if valid is not None:
-            keys, columns = centroids.where(valid[:, None], 0), columns.where(valid[:, None], 0)
-        base = base_prototypes(labels, valid)[:, None]
-        rows = columns.new_empty((labels.shape[0], columns.shape[1]))
-        step = rows_per_block(keys.shape[0], dtype, None)
-        blocks = LogitBlocks(keys, keys.new_tensor(1 / temperature), min(step, labels.shape[0]))
-        for start in range(0, labels.shape[0], step):
-            block = slice(start, start + step)
-            logits = blocks(centroids[labels[block]])
-            if valid is not None:
-                logits.masked_fill_(~valid, -torch.inf)
-            targets = torch.softmax(logits, 1, out=logits)
-            if relative:
-                targets.scatter_(1, base[block], 0)
-                targets.scatter_(1, base[block], -targets.sum(1, keepdim=True))
-            torch.mm(targets, columns, out=rows[block])
-    return rows

@@ -5,13 +5,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..clustering import EpisodicClusterer, Prototypes
+from ..episodes import EpisodeOrder, extract
+from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
-from ..online import OnlinePrototypes
+from ..prototypes import EpisodicClusterer, OnlinePrototypes, Prototypes
 from ..teachers import TeacherAdapter
 from . import require
-from .extraction import EpisodeOrder, extract
-from .heads import ProjectionHeads
 
 require("lightning.pytorch", "lightning")
 from lightning.pytorch import Callback  # noqa: E402
@@ -22,10 +21,10 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
 
     The LightningModule holds a :class:`~protoclip_losses.ProtoLoss` as ``self.loss``, which saves the prototypes with the rest of
     the module, and has a method ``project(batch)`` that returns the sample indices (n,) and the projected image and text
-    features (n, D), L2-normalised. Any :class:`~protoclip_losses.integrations.heads.ProjectionHeads` in it is clamped.
+    features (n, D), L2-normalised. Any :class:`~protoclip_losses.heads.ProjectionHeads` in it is clamped.
 
     Samples are those of the Trainer's training DataLoader: the episode if its sampler is an
-    :class:`~protoclip_losses.integrations.extraction.EpisodeOrder`, else the whole data set, by number. An epoch that is gone on
+    :class:`~protoclip_losses.episodes.EpisodeOrder`, else the whole data set, by number. An epoch that is gone on
     with in its middle keeps the prototypes that it began with.
 
     If the loss comes with :class:`~protoclip_losses.OnlinePrototypes` set, all that is left to do here is the clamp: the module

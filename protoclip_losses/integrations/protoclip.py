@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..distributed import active_group, gather_rows_with_gradient
-from ..functional.contrastive import info_nce
-from ..functional.prototypes import check_term, mean_of_kept, prototype_sum
-from ..losses.prototype import PrototypeLoss
+from ..functional.info_nce import info_nce
+from ..functional.prototype_cross_entropy import check_term, mean_of_kept, prototype_sum
+from ..losses.prototype_loss import PrototypeLoss
 
 PAIRS_KEPT = 8  # centroid pairs whose targets are kept: the loop has four
 

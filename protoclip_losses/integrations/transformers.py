@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ..clustering import EpisodicClusterer
-from ..episodes import EpisodeSampler
+from ..episodes import EpisodeOrder, EpisodeSampler, WithIndex, extract
+from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
-from ..online import OnlinePrototypes
+from ..prototypes import EpisodicClusterer, OnlinePrototypes
 from ..teachers import TeacherAdapter
 from . import require
-from .extraction import EpisodeOrder, WithIndex, extract
-from .heads import ProjectionHeads
 
 require("transformers", "transformers")
 from transformers import CLIPModel, Trainer, TrainerCallback  # noqa: E402
@@ -49,7 +47,7 @@ class _Projected:
 
 
 def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "batch") -> Any:
-    """Give a ``CLIPModel`` :class:`~protoclip_losses.integrations.heads.ProjectionHeads` as ``model.proto``.
+    """Give a ``CLIPModel`` :class:`~protoclip_losses.heads.ProjectionHeads` as ``model.proto``.
 
     In training mode its forward then returns the arguments of :class:`~protoclip_losses.ProtoLoss`, in eval mode what it always
     did. The model stays an instance of its class; what it saves gains the entries under ``proto``.

@@ -6,6 +6,10 @@ from torch import Tensor
 # Bytes of one block of logits. A block that is too small pays for reading the prototypes again, one that is too large falls
 # out of the cache between the product and the softmax; 64 MB is what the library promises to stay within.
 BLOCK_BYTES = 40 * 2**20
+# Bytes of B x B logits that InfoNCE may keep between its two passes. Within it three products, beyond it four.
+LOGITS_BUDGET = 512 * 2**20
+# Logits up to which the dense expression is faster: a small step is paid in operators, and autograd runs its own in C++.
+DENSE_LOGITS = 2**18
 
 
 def rows_per_block(columns: int, dtype: torch.dtype, chunk_size: int | None) -> int:

@@ -19,9 +19,6 @@ from torch import Tensor
 from .autograd import run
 from .blocks import LogitBlocks, softmax_nll
 
-# Logits up to which the dense expression is faster: a small step is paid in operators, and autograd runs its own in C++.
-DENSE_LOGITS = 2**18
-
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

@@ -2,6 +2,6 @@
 
 from .info_nce import InfoNCE
 from .proto_loss import ProtoLoss
-from .prototype import PrototypeLoss
+from .prototype_loss import PrototypeLoss
 
 __all__ = ["InfoNCE", "ProtoLoss", "PrototypeLoss"]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..distributed import ALONE, Group, Ranks, active_group, agree, world_size
-from ..functional.contrastive import check_pairs, pair_sum
-from ..graph import keep_in_graph
+from ..functional.info_nce import check_pairs, pair_sum
+from ..kernels.autograd import keep_in_graph
 
 
 class InfoNCE(nn.Module):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..clustering.prototypes import Prototypes
 from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
-from ..functional.contrastive import check_pairs
-from ..functional.prototypes import prototype_sum
-from ..graph import keep_in_graph
-from ..online import OnlinePrototypes
+from ..functional.info_nce import check_pairs
+from ..functional.prototype_cross_entropy import prototype_sum
+from ..kernels.autograd import keep_in_graph
+from ..prototypes.episode import Prototypes
+from ..prototypes.online import OnlinePrototypes
 from .info_nce import info_nce_share, kind_of
 from .terms import Term, weighted_terms
 

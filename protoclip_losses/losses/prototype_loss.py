@@ -7,15 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.prototypes import (
-    base_prototypes,
-    check_term,
-    made_in_inference_mode,
-    mean_of_kept,
-    prototype_sum,
-    soft_target_rows,
-)
-from .offsets import Offsets
+from ..functional.prototype_cross_entropy import check_term, made_in_inference_mode, mean_of_kept, prototype_sum
+from ..functional.soft_targets import base_prototypes, soft_target_rows
+from .soft_target_cache import Offsets
 
 
 class PrototypeLoss(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..functional.prototypes import soft_target_rows
+from ..functional.soft_targets import soft_target_rows
 
 
 class Offsets:

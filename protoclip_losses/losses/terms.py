@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clustering.prototypes import Prototypes, PrototypeTerm
-from ..online import OnlinePrototypes
-from .offsets import Offsets
+from ..prototypes.episode import Prototypes, PrototypeTerm
+from ..prototypes.online import OnlinePrototypes
+from .soft_target_cache import Offsets
 
 if TYPE_CHECKING:
     from .proto_loss import ProtoLoss

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks as check
-from .functional.back_translation import back_translate, label_sums, means
+from .. import _checks as check
+from ..functional.back_translation import back_translate, label_sums, means
 
 
 class PrototypicalBackTranslation(nn.Module):

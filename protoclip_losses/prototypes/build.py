@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..clustering.assign import assign
+from ..clustering.engines import BACKENDS, ENGINES, choose
+from ..clustering.kmeans import Clusters, finite_points, places
+from ..clustering.points import Rows, Settings, wide
+from ..clustering.report import ClusteringReport
 from ..distributed import Group, active_group, agree, gather_rows, rank, sum_over_ranks
 from ..episodes import FeatureBank
-from .assign import assign
-from .clusters import Clusters, finite_points, places
-from .engines import BACKENDS, ENGINES, choose
-from .episode import agreements, back_translated, compare, first_occurrences, modalities, with_teachers
-from .prototypes import Prototypes
-from .report import ClusteringReport, EpisodeReport
-from .rows import Rows, Settings, wide
+from .episode import Prototypes
+from .report import EpisodeReport, agreements, back_translated, compare, first_occurrences, modalities, with_teachers
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks as check
-from .clustering.assign import assign
-from .clustering.clusterer import EpisodicClusterer
-from .clustering.prototypes import PrototypeTerm, Terms
-from .clustering.rows import finite_rows, means_and_counts, sums_by_label, wide
-from .distributed import Group, rank, sum_over_ranks, world_size
+from .. import _checks as check
+from ..clustering.assign import assign
+from ..clustering.points import finite_rows, means_and_counts, sums_by_label, wide
+from ..distributed import Group, rank, sum_over_ranks, world_size
+from .build import EpisodicClusterer
+from .episode import PrototypeTerm, Terms
 
 
 class OnlinePrototypes(Terms):

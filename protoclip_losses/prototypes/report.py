@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..clustering.agreement import adjusted_agreement
+from ..clustering.assign import assign
+from ..clustering.points import finite_rows, means_and_counts, sums_by_label
+from ..clustering.report import ClusteringReport
 from ..distributed import Group, agree, gather_texts, sum_over_ranks
 from ..episodes import FeatureBank
-from .agreement import adjusted_agreement
-from .assign import assign
-from .prototypes import Prototypes, PrototypeTerm
-from .rows import finite_rows, means_and_counts, sums_by_label
+from .episode import Prototypes, PrototypeTerm
 
 
 def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], list[int]]:
@@ -96,3 +98,32 @@ def compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict
         if bool(both.any()):
             changed[teacher] = float((numbers[nearest][labels[both]] != were[both]).double().mean())
     return drift, changed
+
+
+@dataclass(frozen=True)
+class EpisodeReport:
+    """How a call of :meth:`EpisodicClusterer.build` went.
+
+    Attributes:
+        clusterings: a :class:`ClusteringReport` for each modality and teacher.
+        agreement: adjusted Rand index and adjusted mutual information of each two clusterings.
+        drift: mean distance of the centroids in use from the nearest one of the episode before, for each clustering.
+        changed: of the samples that were in the episode before, the share whose cluster's centroid is nearest to another
+            old centroid than their own.
+        seconds: of each stage.
+    """
+
+    clusterings: Mapping[str, ClusteringReport]
+    agreement: Mapping[tuple[str, str], tuple[float, float]]
+    drift: Mapping[str, float] = field(default_factory=dict)
+    changed: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def scalars(self) -> dict[str, float]:
+        """Every number under a name of its own, for any logger: ``for name, value in report.scalars().items(): ...``"""
+        values = {f"{teacher}/{k}": v for teacher, report in self.clusterings.items() for k, v in report.scalars().items()}
+        for (first, second), (rand, information) in self.agreement.items():
+            values |= {f"{first}-{second}/ari": rand, f"{first}-{second}/ami": information}
+        values |= {f"{teacher}/drift": v for teacher, v in self.drift.items()}
+        values |= {f"{teacher}/changed": v for teacher, v in self.changed.items()}
+        return values | {f"seconds/{stage}": v for stage, v in self.seconds.items()}

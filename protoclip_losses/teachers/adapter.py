@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks as check
+from .. import _checks as check
+from ..distributed import Group, active_group, agree, rank
 from .caption_cache import Encode, call_encoder, encode_to_file
-from .distributed import Group, active_group, agree, rank
 from .pca import PCA
 
 BLOCK = 16_384  # rows read at a time

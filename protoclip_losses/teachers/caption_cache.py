@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks as check
+from .. import _checks as check
 
 Encode = Callable[[list[str]], "Tensor | np.ndarray[Any, Any]"]
 

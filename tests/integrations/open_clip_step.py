@@ -12,7 +12,7 @@ from open_clip_train.params import parse_args
 from pair_files import emoji_with_groups
 
 from protoclip_losses.integrations.open_clip import Launcher, add_heads, parse_arguments
-from protoclip_losses.integrations.open_clip_data import IndexedBatches
+from protoclip_losses.integrations.open_clip.data import IndexedBatches
 
 TINY = {
     "embed_dim": 32,

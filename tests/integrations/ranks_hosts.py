@@ -5,7 +5,7 @@ import torch
 from cases import assert_near, integers, leaf, unit
 from ranks import everyone
 
-from protoclip_losses.integrations.extraction import extract
+from protoclip_losses.episodes import extract
 from protoclip_losses.integrations.protoclip import ClipLoss, ProtoLoss, gather_features
 
 B = 5

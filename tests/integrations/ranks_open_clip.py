@@ -11,7 +11,7 @@ from ranks import everyone, own_rows
 from torch.nn.parallel import DistributedDataParallel
 
 from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss
-from protoclip_losses.integrations.open_clip_online import load_state, save_state
+from protoclip_losses.integrations.open_clip.online import load_state, save_state
 
 SHARES = [7, 9]
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from protoclip_losses import EpisodeSampler, OnlinePrototypes, ProtoLoss, TeacherAdapter
-from protoclip_losses.integrations.extraction import EpisodeOrder, WithIndex
+from protoclip_losses.episodes import EpisodeOrder, WithIndex
 from protoclip_losses.integrations.lightning import ProtoCLIPCallback
 
 ROWS, BATCH = 40, 10

@@ -25,7 +25,7 @@ from pair_files import emoji_with_groups, write_shards
 
 from protoclip_losses import ProtoLoss
 from protoclip_losses.integrations.open_clip import Launcher, add_heads, main, parse_arguments
-from protoclip_losses.integrations.open_clip_data import IndexedBatches
+from protoclip_losses.integrations.open_clip.data import IndexedBatches
 
 COMMAND = Path(__file__).parents[2] / "examples" / "host_open_clip.sh"
 ROWS, BATCH = 48, 16

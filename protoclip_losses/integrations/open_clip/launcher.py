@@ -9,7 +9,6 @@ open_clip's package is not changed; four functions that its ``main`` calls are r
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,17 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..clustering import EpisodicClusterer, Prototypes
-from ..losses import ProtoLoss
-from ..teachers import TeacherAdapter
-from . import require
-from .extraction import extract
-from .open_clip_arguments import parse_arguments
-from .open_clip_data import number_samples
-from .open_clip_model import OpenClipLoss, add_heads
-from .open_clip_online import load_state, online_prototypes, save_state
-
-__all__ = ["Launcher", "OpenClipLoss", "add_heads", "main", "parse_arguments"]
+from ...episodes import extract
+from ...losses import ProtoLoss
+from ...prototypes import EpisodicClusterer, Prototypes
+from ...teachers import TeacherAdapter
+from .. import require
+from .arguments import parse_arguments
+from .data import number_samples
+from .model import OpenClipLoss, add_heads
+from .online import load_state, online_prototypes, save_state
 
 
 class Launcher:
@@ -150,7 +147,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher = Launcher(options)
     with launcher.installed() as host:
         host.main(rest)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import ProtoLoss
-from . import require
-from .heads import ProjectionHeads
-from .open_clip_data import IndexedBatches
+from ...heads import ProjectionHeads
+from ...losses import ProtoLoss
+from .. import require
+from .data import IndexedBatches
 
 
 class _Projected:
@@ -27,7 +27,7 @@ class _Projected:
 
 
 def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "batch") -> Any:
-    """Give an open_clip model :class:`~protoclip_losses.integrations.heads.ProjectionHeads` as ``model.proto``.
+    """Give an open_clip model :class:`~protoclip_losses.heads.ProjectionHeads` as ``model.proto``.
 
     Its forward then also returns what :class:`~protoclip_losses.ProtoLoss` takes, always as a dict. The model stays an instance
     of its class, with every attribute it had; ``state_dict()`` gains the entries under ``proto``.

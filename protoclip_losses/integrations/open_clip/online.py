@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..distributed import active_group, agree
-from ..losses import ProtoLoss
-from ..online import OnlinePrototypes
+from ...distributed import active_group, agree
+from ...losses import ProtoLoss
+from ...prototypes import OnlinePrototypes
 
 
 def online_prototypes(options: argparse.Namespace, loader: Any, args: Any) -> OnlinePrototypes:

@@ -1,0 +1,7 @@
+"""open_clip 3.3: its own trainer with ProtoLoss in place of its loss; run it with ``python -m``."""
+
+from .arguments import parse_arguments
+from .launcher import Launcher, main
+from .model import OpenClipLoss, add_heads
+
+__all__ = ["Launcher", "OpenClipLoss", "add_heads", "main", "parse_arguments"]
