@@ -56,7 +56,7 @@ import torch
 REPOSITORY = pathlib.Path({str(HERE.parent)!r})
 torch.manual_seed(0)
 from protoclip_losses import *
-from protoclip_losses.distributed import in_step
+from protoclip_losses.distributed import even_batches
 from protoclip_losses.functional import *
 from protoclip_losses.metrics import *
 from protoclip_losses.pca import *

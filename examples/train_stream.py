@@ -55,7 +55,7 @@ from protoclip_losses import (
     StreamPass,
     TeacherAdapter,
 )
-from protoclip_losses.distributed import in_step
+from protoclip_losses.distributed import even_batches
 
 log = logging.getLogger("train")
 EXTRACTION, TRAINING = 0, 1  # passes over an episode; each draws its own augmentation
@@ -170,7 +170,7 @@ def main() -> None:
         if kept is not None:
             passing.load_state_dict(kept)
             kept = None
-        bar = tqdm(in_step(passing), f"episode {episode.number + 1} {STAGES[at['stage']]}", leave=False, unit="batch")
+        bar = tqdm(even_batches(passing), f"episode {episode.number + 1} {STAGES[at['stage']]}", leave=False, unit="batch")
         for index, (pictures, captions) in bar:
             yield index, inputs.augment(pictures.to(device), index, args.seed, episode.number, at["stage"]), captions
             at["ticks"] += 1

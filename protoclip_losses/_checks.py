@@ -1,22 +1,20 @@
 """Input checks shared by every public call: each error names the argument, what came and what was wanted."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ._dtypes import FLOATS, accumulation_dtype
 
 
 def shape(x: Tensor) -> str:
     """The shape of a tensor as it is written in messages."""
     return str(tuple(x.shape))
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and log-sum-exp: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def values_are_checked(like: Tensor, check_values: bool | None) -> bool:
@@ -189,3 +187,37 @@ def optional_temperature(name: str, value: float | None) -> float | None:
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0):
         return None
     return temperature(name, value)
+
+
+def state_format(owner: str, state: Mapping[str, Any]) -> int:
+    """The format number of a saved state; 0 for a state of 0.6 or earlier, which had none."""
+    number = state.get("format", 0)
+    if number not in (0, 1):
+        raise ValueError(
+            f"state_dict of {owner} must have format 1 or earlier, got {number!r}: it needs a newer protoclip-losses"
+        )
+    return int(number)
+
+
+def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved state was made with other settings than those of the object that is to take it over."""
+    for name, value in own.items():
+        if name not in state:
+            raise ValueError(f"state_dict must be that of {owner}, got one without {name!r} (it has {sorted(map(str, state))})")
+        if state[name] != value:
+            raise ValueError(f"state_dict has {name}={state[name]} but this {owner} has {name}={value}")
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Say that ``old`` still works, and what to write in its place."""
+    warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=stacklevel)
+
+
+def require(module: str, extra: str) -> Any:
+    """Import an optional dependency, or say what to install."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this needs {module}, which cannot be imported ({error}): pip install 'protoclip-losses[{extra}]'"
+        ) from error

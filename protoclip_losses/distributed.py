@@ -22,8 +22,23 @@ Group = Any  # torch.distributed.ProcessGroup; not importable from builds withou
 T = TypeVar("T")
 
 
+def check_process_group(process_group: Group | bool | None) -> Group | bool | None:
+    """Raise TypeError unless this is None (the default group), False (stay local) or a process group; return it."""
+    if process_group is None or process_group is False:
+        return process_group
+    if dist.is_available() and (
+        isinstance(process_group, dist.ProcessGroup) or process_group is dist.GroupMember.NON_GROUP_MEMBER
+    ):
+        return process_group
+    raise TypeError(
+        "process_group must be None (the default group), False (this process alone) or a torch.distributed.ProcessGroup, "
+        f"got {process_group!r}"
+    )
+
+
 def active_group(process_group: Group | bool | None) -> Group | None:
-    """The group to talk to, or None where there is nobody: not initialised, one process, or ``False`` (stay local)."""
+    """The group to talk to; None for one process: nothing is initialised, the group has one member, or ``False`` was given."""
+    check_process_group(process_group)
     if process_group is False or not dist.is_available() or not dist.is_initialized():
         return None
     group: Any = dist.group.WORLD if process_group is None else process_group
@@ -42,101 +57,163 @@ def rank(group: Group | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def device_of(group: Group) -> torch.device:
-    """Where tensors have to lie for the group's collectives when they have no device of their own."""
+def collective_device(group: Group) -> torch.device:
+    """Where tensors must be for the group's collectives if they have no device of their own."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
 
 
 def all_gather(x: Tensor, group: Group) -> list[Tensor]:
-    """Tensors of equal shape, one a rank, in the order of ranks."""
+    """Tensors of equal shape, one per rank, in rank order."""
     x = x.contiguous()
     out = [torch.empty_like(x) for _ in range(world_size(group))]
     dist.all_gather(out, x, group=group)
     return out
 
 
-def agree(
-    check: Callable[[], T], group: Group | None, rows: int = 0, same: Callable[[], object] | None = None
-) -> tuple[T, list[int]]:
-    """Run ``check`` on every rank and share the verdict: all go on, with every rank's ``rows``, or all raise together.
+def validate_on_all_ranks(check: Callable[[], T], group: Group | None, signature: Callable[[], object] | None = None) -> T:
+    """Run ``check`` on every rank and share the verdict: all continue, or all raise together.
 
-    ``same`` is what all ranks must have in common (widths, dtypes, names): a collective over anything else hangs.
+    Args:
+        check: raises if this rank's input is bad.
+        group: None for one process.
+        signature: what must be equal on all ranks (widths, dtypes, names, settings): a collective would hang otherwise.
+
+    Raises:
+        Exception: on the rank whose check failed, what it raised.
+        ValueError: on the other ranks, naming that rank; on all ranks where signatures differ.
     """
+    return validate_rows(check, group, 0, signature)[0]
+
+
+def gather_sizes(rows: int, group: Group | None) -> list[int]:
+    """The number of rows of every rank."""
+    return list(validate_rows(lambda: None, group, rows)[1].sizes)
+
+
+def validate_rows(
+    check: Callable[[], T], group: Group | None, rows: int, signature: Callable[[], object] | None = None
+) -> tuple[T, "RankRows"]:
+    """:func:`validate_on_all_ranks` and :func:`gather_sizes` by one collective, for calls that belong to a training step."""
     if group is None:
-        return check(), [rows]
+        return check(), RankRows(None, [rows])
     failure: Exception | None = None
-    kind = ""
+    own_signature = ""
     try:
         result = check()
-        kind = repr(same()) if same is not None else ""
+        own_signature = repr(signature()) if signature is not None else ""
     except Exception as error:
         failure = error
-    mine = torch.tensor([int(failure is not None), rows, zlib.crc32(kind.encode())], device=device_of(group))
-    verdicts = torch.stack(all_gather(mine, group)).tolist()
+    own = torch.tensor([int(failure is not None), rows, zlib.crc32(own_signature.encode())], device=collective_device(group))
+    verdicts = torch.stack(all_gather(own, group)).tolist()
     if failure is not None:
         raise failure
-    failed = [r for r, (bad, _, _) in enumerate(verdicts) if bad]
+    failed = [r for r, (has_failed, _, _) in enumerate(verdicts) if has_failed]
     if failed:
         raise ValueError(f"bad input on rank(s) {failed}: the error raised there says which; this rank's input was fine")
     if len({code for _, _, code in verdicts}) > 1:
-        raise ValueError(f"ranks must pass input of one kind, and they differ; this rank has {kind}")
-    return result, [n for _, n, _ in verdicts]
+        raise ValueError(f"ranks must pass input of one kind, and they differ; this rank has {own_signature}")
+    return result, RankRows(group, [n for _, n, _ in verdicts])
 
 
-def gather_rows(x: Tensor, sizes: list[int], group: Group | None) -> Tensor:
-    """Every rank's rows, in the order of ranks; ``sizes`` says how many each has (unequal or none is fine). No gradient."""
-    if group is None:
-        return x
-    here = x.detach()
-    if dist.get_backend(group) == "nccl" and here.device.type == "cpu":
-        here = here.to(device_of(group))
-    padded = here.new_zeros((max(sizes), *x.shape[1:]))
-    padded[: x.shape[0]] = here
-    rows = [part[:n] for part, n in zip(all_gather(padded, group), sizes, strict=True)]
-    return torch.cat(rows).to(x.device)
+class RankRows:
+    """The rows of a batch or of an episode, and how they are spread over the processes of a group.
 
+    Args:
+        group: None for one process.
+        sizes: the number of rows of each rank; unequal or zero is fine.
+    """
 
-def gather_texts(text: str, group: Group | None) -> list[str]:
-    """Every rank's text, in the order of ranks."""
-    if group is None:
-        return [text]
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device_of(group))
-    sizes = agree(lambda: None, group, len(data))[1]
-    return [bytes(part.tolist()).decode() for part in torch.split(gather_rows(data, sizes, group), sizes)]
+    def __init__(self, group: Group | None, sizes: Sequence[int]) -> None:
+        self.group, self.sizes = group, sizes
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one process, which communicates with no other."""
+        return self.group is None
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return world_size(self.group)
+
+    @property
+    def total(self) -> int:
+        """Rows of all ranks."""
+        return sum(self.sizes)
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows among those of all ranks."""
+        start = sum(self.sizes[: rank(self.group)])
+        return slice(start, start + self.sizes[rank(self.group)])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's rows, in rank order. No gradient."""
+        if self.group is None:
+            return x
+        here = x.detach()
+        if dist.get_backend(self.group) == "nccl" and here.device.type == "cpu":
+            here = here.to(collective_device(self.group))
+        padded = here.new_zeros((max(self.sizes), *x.shape[1:]))
+        padded[: x.shape[0]] = here
+        rows = [part[:n] for part, n in zip(all_gather(padded, self.group), self.sizes, strict=True)]
+        return torch.cat(rows).to(x.device)
+
+    def gather_with_gradient(self, x: Tensor) -> Tensor:
+        """:meth:`gather`, differentiable: the gradients of all ranks flow back to the owner of a row."""
+        gathered: Tensor = _GatherRows.apply(x, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks."""
+        return max_over_ranks(x, self.group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The elementwise sum over ranks."""
+        return sum_over_ranks(x, self.group)
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """log of the elementwise sum of exponentials over ranks; -inf where every rank has it."""
+        if self.group is None:
+            return x
+        top = self.maximum(x)
+        base = top.clamp(min=torch.finfo(x.dtype).min)  # -inf less -inf would be NaN
+        return self.sum((x - base).exp()).log() + top
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return gather_rows(x, sizes, group)
+    def forward(ctx: Any, x: Tensor, ranks: RankRows) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        start = sum(ctx.sizes[: rank(ctx.group)])
-        return sum_over_ranks(grad, ctx.group)[start : start + ctx.sizes[rank(ctx.group)]], None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum(grad)[ctx.ranks.own], None
 
 
-def gather_rows_with_gradient(x: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """:func:`gather_rows`, differentiable: the gradients of all ranks flow back to the owner of a row."""
-    gathered: Tensor = _GatherRows.apply(x, sizes, group)  # type: ignore[no-untyped-call]
-    return gathered
+def gather_strings(text: str, group: Group | None) -> list[str]:
+    """Every rank's string, in rank order."""
+    if group is None:
+        return [text]
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(collective_device(group))
+    sizes = gather_sizes(len(data), group)
+    return [bytes(part.tolist()).decode() for part in torch.split(RankRows(group, sizes).gather(data), sizes)]
 
 
-def in_step(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
-    """The batches, as long as every rank has one: ranks with unequal numbers of them stop together, and none waits for another.
+def even_batches(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
+    """The batches, for as long as every rank has one: ranks with unequal numbers of them stop together, and none hangs.
 
-    Ranks compare notes before each batch, on a GPU after the work before it. An error on one rank is raised on all.
+    Ranks exchange one number before each batch, on a GPU after the work before it. An error on one rank is raised on all.
 
     Example:
-        >>> list(in_step([1, 2, 3]))
+        >>> list(even_batches([1, 2, 3]))
         [1, 2, 3]
     """
     group, iterator, end = active_group(process_group), iter(batches), object()
     while True:
-        batch, _ = agree(lambda: next(iterator, end), group)
-        _, has = agree(lambda: None, group, int(batch is not end))
-        if not all(has):
+        batch = validate_on_all_ranks(lambda: next(iterator, end), group)
+        if not all(gather_sizes(int(batch is not end), group)):
             return
         yield batch
 
@@ -156,50 +233,15 @@ def _reduced(x: Tensor, operation: str, group: Group | None) -> Tensor:
         return x
     result = x.detach().clone()
     if dist.get_backend(group) == "nccl":
-        result = result.to(device_of(group))
+        result = result.to(collective_device(group))
     dist.all_reduce(result, op=getattr(dist.ReduceOp, operation), group=group)
     return result.to(x.device)
-
-
-class Ranks:
-    """The processes that a batch is spread over, and how many rows each has; one process alone talks to nobody."""
-
-    def __init__(self, group: Group | None = None, sizes: Sequence[int] = ()) -> None:
-        self.group, self.sizes = group, list(sizes)
-
-    def own(self, rows: int) -> slice:
-        """Where this rank's ``rows`` lie among those of all."""
-        start = sum(self.sizes[: rank(self.group)])
-        return slice(start, start + rows)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Every rank's rows."""
-        return gather_rows(x, self.sizes, self.group)
-
-    def maximum(self, x: Tensor) -> Tensor:
-        """The elementwise maximum."""
-        return max_over_ranks(x, self.group)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The elementwise sum."""
-        return sum_over_ranks(x, self.group)
-
-    def logsumexp(self, x: Tensor) -> Tensor:
-        """log of the elementwise sum of exponentials; -inf where every rank has it."""
-        if self.group is None:
-            return x
-        top = self.maximum(x)
-        base = top.clamp(min=torch.finfo(x.dtype).min)  # -inf less -inf would be NaN
-        return self.sum((x - base).exp()).log() + top
-
-
-ALONE = Ranks()
 
 
 def broadcast(x: Tensor, group: Group | None, source: int = 0) -> Tensor:
     """The tensor of the group's rank ``source``; the others pass one of the same shape and dtype."""
     if group is None:
         return x
-    there = x.contiguous().to(device_of(group) if dist.get_backend(group) == "nccl" else x.device)
+    there = x.contiguous().to(collective_device(group) if dist.get_backend(group) == "nccl" else x.device)
     dist.broadcast(there, dist.get_global_rank(group, source), group=group)
     return there.to(x.device)

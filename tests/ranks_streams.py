@@ -7,7 +7,7 @@ from ranks import LOCAL, assert_same_on_every_rank, raises_everywhere
 from text_encoder import CAPTIONS, TextEncoder
 
 from protoclip_losses import EpisodicClusterer, FeatureCollector, ProtoLoss, StreamEpisodes, TeacherAdapter
-from protoclip_losses.distributed import in_step
+from protoclip_losses.distributed import even_batches
 
 SIZES = {"a": 9, "b": 2, "c": 5, "d": 8, "e": 6}  # samples of each shard
 FIRST = dict(zip(SIZES, (0, 9, 11, 16, 24), strict=True))
@@ -42,7 +42,7 @@ def ranks_with_shards_of_their_own_build_and_train_as_one(rank, world_size, fold
         assert torch.equal(prototypes.terms[key].labels, term.labels)
     loss, steps = ProtoLoss(), 0
     loss.set_prototypes(prototypes)
-    for index, rows in in_step(episode.batches(read, int, 4, rank=rank, world_size=world_size, shuffle=4, only=mine.index)):
+    for index, rows in even_batches(episode.batches(read, int, 4, rank=rank, world_size=world_size, shuffle=4, only=mine.index)):
         assert torch.isfinite(loss(IMAGE[rows], TEXT[rows], 10.0, index=index))
         steps += 1
     assert_same_on_every_rank(torch.tensor(steps))
@@ -50,9 +50,9 @@ def ranks_with_shards_of_their_own_build_and_train_as_one(rank, world_size, fold
 
 
 def ranks_stop_with_the_first_that_has_no_batch(rank, world_size, folder):
-    assert list(in_step(range(rank + 2))) == [0, 1]
-    assert list(in_step([] if rank == world_size - 1 else [1])) == []
-    assert list(in_step(range(rank), process_group=False)) == list(range(rank))
+    assert list(even_batches(range(rank + 2))) == [0, 1]
+    assert list(even_batches([] if rank == world_size - 1 else [1])) == []
+    assert list(even_batches(range(rank), process_group=False)) == list(range(rank))
 
 
 def an_error_between_batches_raises_on_all(rank, world_size, folder):
@@ -62,7 +62,7 @@ def an_error_between_batches_raises_on_all(rank, world_size, folder):
             raise OSError("shard is gone")
         yield 2
 
-    raises_everywhere(lambda: list(in_step(batches())), world_size - 1, OSError, "shard is gone")
+    raises_everywhere(lambda: list(even_batches(batches())), world_size - 1, OSError, "shard is gone")
 
 
 def one_group_encodes_for_itself(rank, world_size, folder):

@@ -10,6 +10,7 @@ from protoclip_losses import EpisodicClusterer
 from protoclip_losses.clustering import torch_engine
 from protoclip_losses.clustering.assign import Scores
 from protoclip_losses.clustering.points import Rows, Settings
+from protoclip_losses.distributed import RankRows
 
 
 def spread(rows, width, seed=0):
@@ -19,7 +20,7 @@ def spread(rows, width, seed=0):
 
 
 def rows_of(features):
-    return Rows(features, torch.arange(len(features)), [len(features)], None)
+    return Rows(features, torch.arange(len(features)), RankRows(None, [len(features)]))
 
 
 @pytest.mark.parametrize("spherical", [False, True])
@@ -110,7 +111,7 @@ def test_a_draw_does_not_depend_on_the_order_of_rows_but_on_their_places():
     features = spread(200, 3)
     order = torch.randperm(200, generator=seeded(4))
     one = torch_engine.kmeans(rows_of(features), 20, SETTINGS)
-    other = torch_engine.kmeans(Rows(features[order], order, [200], None), 20, SETTINGS)
+    other = torch_engine.kmeans(Rows(features[order], order, RankRows(None, [200])), 20, SETTINGS)
     assert torch.allclose(one.centroids, other.centroids, atol=1e-5)
 
 

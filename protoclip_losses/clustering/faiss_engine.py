@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import agree, broadcast, rank
+from ..distributed import broadcast, rank, validate_on_all_ranks
 from .points import Rows, Run, Settings
 
 
@@ -28,11 +28,11 @@ def kmeans(rows: Rows, num_prototypes: int, settings: Settings) -> Run:
     news = torch.zeros(num_prototypes * points.shape[1] + niter + 1, dtype=torch.float64)
 
     def run() -> Tensor:
-        if rank(rows.group) > 0:
+        if rank(rows.ranks.group) > 0:
             return news
         return _train(points, num_prototypes, settings)
 
-    news = broadcast(agree(run, rows.group)[0], rows.group)
+    news = broadcast(validate_on_all_ranks(run, rows.ranks.group), rows.ranks.group)
     centroids, objectives = news[: -niter - 1].float().view(num_prototypes, -1), news[-niter - 1 : -1]
     return Run(centroids.to(points.device), tuple(objectives[~objectives.isnan()].tolist()), int(news[-1]))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, gather_rows, rank
+from ..distributed import RankRows
 from .points import finite_rows
 from .report import ClusteringReport
 
@@ -53,8 +53,7 @@ def finite_points(features: Tensor, index: Tensor | None, init: Tensor | None, n
     return finite, points.float() if points.dtype == torch.float64 else points
 
 
-def places(index: Tensor | None, points: Tensor, sizes: list[int], group: Group | None) -> Tensor:
+def places(index: Tensor | None, points: Tensor, ranks: RankRows) -> Tensor:
     """Where this rank's points (n, D) lie among those of all ranks: in the order of their ``index`` (n,), or rank by rank."""
-    before = sum(sizes[: rank(group)])
-    place = torch.arange(before, before + len(points), device=points.device)
-    return place if index is None else gather_rows(index, sizes, group).argsort().argsort()[place]
+    place = torch.arange(ranks.own.start, ranks.own.stop, device=points.device)
+    return place if index is None else ranks.gather(index).argsort().argsort()[place]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed import Group, gather_rows, rank, sum_over_ranks
+from .._dtypes import sum_dtype
+from ..distributed import RankRows, rank
 from ..functional.back_translation import label_sums, means
 from .assign import BLOCK_ROWS
 
@@ -42,27 +43,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of all ranks in one order: this rank's ``points`` (n, D) lie at ``place`` (n,) in it; ``sizes``: rows of each rank."""
+    """Rows of all ranks in one order: this rank's ``points`` (n, D) lie at ``place`` (n,) in it; ``ranks`` holds them."""
 
     points: Tensor
     place: Tensor
-    sizes: list[int]
-    group: Group | None
+    ranks: RankRows
 
     @property
     def total(self) -> int:
         """Rows of all ranks."""
-        return sum(self.sizes)
+        return self.ranks.total
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks."""
-        return sum_over_ranks(x, self.group)
+        return self.ranks.sum(x)
 
     def in_order(self) -> Tensor:
         """All rows, on every rank."""
-        if self.group is None and bool((self.place[1:] > self.place[:-1]).all()):
+        if self.ranks.is_single and bool((self.place[1:] > self.place[:-1]).all()):
             return self.points
-        points, place = (gather_rows(x, self.sizes, self.group) for x in (self.points, self.place))
+        points, place = (self.ranks.gather(x) for x in (self.points, self.place))
         return points[place.argsort()]
 
     def smallest(self, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -70,9 +70,9 @@ class Rows:
 
         They come in the order of their places, and no other row travels.
         """
-        sizes = [min(count, n) for n in self.sizes]
-        own_keys, own = keys.topk(sizes[rank(self.group)], largest=False)
-        keys, places = (gather_rows(x, sizes, self.group) for x in (own_keys, self.place[own]))
+        offered = RankRows(self.ranks.group, [min(count, n) for n in self.ranks.sizes])
+        own_keys, own = keys.topk(offered.sizes[rank(offered.group)], largest=False)
+        keys, places = (offered.gather(x) for x in (own_keys, self.place[own]))
         order = places.argsort()  # the first place among equal keys
         order = order[keys[order].argsort(stable=True)][:count]
         chosen = places[order[keys[order].isfinite()]].sort().values
@@ -82,17 +82,12 @@ class Rows:
         return self.sum(rows), chosen
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """The dtype of sums over many rows."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
 def sums_by_label(labels: Tensor, features: Tensor, num_labels: int, origin: Tensor | None = None) -> Tensor:
     """Sum of ``features - origin`` under each label, with their number as a last column: (num_labels, D + 1); -1 is left out.
 
     In blocks, so that no second copy of the features is made.
     """
-    dtype = wide(features.device)
+    dtype = sum_dtype(features.device)
     sums = torch.zeros((num_labels, features.shape[1] + 1), dtype=dtype, device=features.device)
     for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_labels else ():
         block = features[part].float()

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._dtypes import sum_dtype
 from .assign import BLOCK_ROWS, Scores
-from .points import Rows, Run, Settings, sums_by_label, wide
+from .points import Rows, Run, Settings, sums_by_label
 
 ROUNDS = 16  # in which the first centroids are drawn; K-means++ draws one a round
 
@@ -58,7 +59,7 @@ class _Lloyd:
         objectives: list[float] = []
         reseeded, changed = 0, self.labels
         while True:
-            news = self.score.new_zeros(self.num_prototypes + 1, dtype=wide(self.score.device))
+            news = self.score.new_zeros(self.num_prototypes + 1, dtype=sum_dtype(self.score.device))
             news[changed] = 1
             news[-1] = self._distances().to(news.dtype).sum()
             news = self.rows.sum(news)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import FLOATS
 
 
 class FeatureBank:
@@ -31,7 +32,7 @@ class FeatureBank:
         self, index: Tensor, dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
         check.integers("index", index)
-        if dtype not in check.FLOATS:
+        if dtype not in FLOATS:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         self.index = index.to(index.device if device is None else device)
         self.dim, self.dtype = check.positive_int("dim", dim), dtype

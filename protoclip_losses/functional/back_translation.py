@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import accumulation_dtype
 
 
 def back_translate(
@@ -68,6 +69,6 @@ def label_sums(
     order = labels.argsort(stable=True)
     sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)
     starts = sizes.cumsum(0) - sizes
-    wide = features.detach().to(check.accumulation_dtype(features.dtype))
+    wide = features.detach().to(accumulation_dtype(features.dtype))
     sums = torch.nn.functional.embedding_bag(order, wide, starts, mode="sum")
     return sums[1:], sizes[1:]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import ALONE, Ranks
+from ..distributed import RankRows
 from ..kernels import blocks
 from ..kernels.blocks import product_dtype, rows_per_block
 from ..kernels.info_nce import pair_nll_sum
@@ -78,10 +78,12 @@ def pair_sum(
     scale: Tensor,
     chunk_size: int | None,
     with_accuracy: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: RankRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over own pairs of the InfoNCE loss among all ranks' pairs, and how many images rank their own text first."""
-    batch, columns = image.shape[0], sum(ranks.sizes) or image.shape[0]
+    batch = image.shape[0]
+    ranks = ranks or RankRows(None, [batch])
+    columns = ranks.total
     dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
     keep = batch * columns * scale.element_size() <= blocks.LOGITS_BUDGET
     chunk = rows_per_block(columns, dtype, chunk_size)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import accumulation_dtype
 from ..kernels.blocks import LogitBlocks, rows_per_block
 
 
@@ -69,7 +70,7 @@ def soft_target_rows(
 
     formed so and not by subtraction: an offset then keeps all its digits as the targets become hard.
     """
-    dtype = check.accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
+    dtype = accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
     with torch.autocast(prototypes.device.type, enabled=False):
         centroids, columns = teacher_centroids.to(dtype), prototypes.to(dtype)
         keys = centroids

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from .._checks import require
 from ..episodes import EpisodeOrder, extract
 from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
 from ..prototypes import EpisodicClusterer, OnlinePrototypes, Prototypes
 from ..teachers import TeacherAdapter
-from . import require
 
 require("lightning.pytorch", "lightning")
 from lightning.pytorch import Callback  # noqa: E402

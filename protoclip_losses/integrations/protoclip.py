@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..distributed import active_group, gather_rows_with_gradient
+from ..distributed import RankRows, active_group
 from ..functional.info_nce import info_nce
 from ..functional.prototype_cross_entropy import check_term, mean_of_kept, prototype_sum
 from ..losses.prototype_loss import PrototypeLoss
@@ -31,8 +31,8 @@ def gather_features(image_features: Tensor, text_features: Tensor, *flags: Any, 
     group = active_group(None)
     if group is None:
         return image_features, text_features
-    sizes = [len(image_features)] * dist.get_world_size(group)
-    image, text = (gather_rows_with_gradient(x, sizes, group) for x in (image_features, text_features))
+    ranks = RankRows(group, [len(image_features)] * dist.get_world_size(group))
+    image, text = (ranks.gather_with_gradient(x) for x in (image_features, text_features))
     return image, text
 
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from .._checks import require
 from ..episodes import EpisodeOrder, EpisodeSampler, WithIndex, extract
 from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
 from ..prototypes import EpisodicClusterer, OnlinePrototypes
 from ..teachers import TeacherAdapter
-from . import require
 
 require("transformers", "transformers")
 from transformers import CLIPModel, Trainer, TrainerCallback  # noqa: E402

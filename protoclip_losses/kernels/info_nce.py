@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import ALONE, Ranks
+from ..distributed import RankRows
 from .autograd import run
 from .blocks import LogitBlocks, softmax_nll
 
@@ -42,7 +42,7 @@ def pair_nll(
     keep: bool,
     with_gradient: bool,
     with_accuracy: bool,
-    ranks: Ranks = ALONE,
+    ranks: RankRows | None = None,
 ) -> Result:
     """Sum over own pairs of the two directions' mean loss, how many images rank their text first, and gradients.
 
@@ -51,6 +51,7 @@ def pair_nll(
     asked for is empty or zero.
     """
     with torch.autocast(image.device.type, enabled=False):
+        ranks = ranks or RankRows(None, [image.shape[0]])
         pass_over = _Pass(image, text, scale, chunk, with_accuracy, ranks)
         kept = scale.new_empty((image.shape[0], pass_over.texts.shape[0])) if keep and with_gradient else None
         row_nll, others = pass_over.normalisers(kept)
@@ -72,10 +73,10 @@ def pair_nll(
 class _Pass:
     """The passes over blocks of rows, and what they share."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool, ranks: Ranks) -> None:
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool, ranks: RankRows) -> None:
         self.image, self.texts, self.scale, self.chunk = image, ranks.gather(text), scale, min(chunk, image.shape[0])
         self.blocks = LogitBlocks(self.texts, scale, self.chunk)
-        self.ranks, self.own = ranks, ranks.own(image.shape[0])
+        self.ranks, self.own = ranks, ranks.own
         self.labels = torch.arange(self.own.start, self.own.stop, device=image.device)
         self.pair = scale.new_empty(image.shape[0])
         self.correct = scale.new_zeros(())
@@ -170,12 +171,12 @@ def _fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> Result:
 
 
 def pair_nll_sum(
-    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_accuracy: bool, ranks: Ranks = ALONE
+    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_accuracy: bool, ranks: RankRows
 ) -> tuple[Tensor, Tensor]:
     """:func:`pair_nll` under autograd: the sum, differentiable, and the count."""
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
     inputs = image, text, scale, chunk, keep, wanted, with_accuracy
-    return run("info_nce", pair_nll, pair_nll_operator, *inputs) if ranks is ALONE else _run_outside_of_graphs(*inputs, ranks)
+    return run("info_nce", pair_nll, pair_nll_operator, *inputs) if ranks.is_single else _run_outside_of_graphs(*inputs, ranks)
 
 
 # Collectives of a kernel have no place in a traced graph.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..distributed import ALONE, Group, Ranks, active_group, agree, world_size
+from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
 from ..functional.info_nce import check_pairs, pair_sum
 from ..kernels.autograd import keep_in_graph
 
@@ -58,7 +58,7 @@ class InfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         check.chunk_rows(chunk_size)
-        self.process_group, self.gather_with_grad = process_group, gather_with_grad
+        self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
         self.chunk_size, self.check_values = chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
 
@@ -81,20 +81,18 @@ class InfoNCE(nn.Module):
             logit_bias: accepted, and given an exact zero gradient: a softmax does not see it.
         """
         group = active_group(self.process_group)
-        scale, sizes = agree(
+        scale, ranks = validate_rows(
             lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
             group,
             image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0,
-            same=lambda: kind_of(image_features, text_features, scale=logit_scale),
+            signature=lambda: collective_signature(image_features, text_features, scale=logit_scale),
         )
-        loss, self.metrics = info_nce_share(
-            image_features, text_features, scale, sizes, group, self.chunk_size, self.gather_with_grad
-        )
+        loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def kind_of(*features: Tensor, scale: Any) -> list[tuple[Any, ...]]:
+def collective_signature(*features: Tensor, scale: Any) -> list[tuple[Any, ...]]:
     """What ranks must have in common to gather features and their gradients."""
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale))
     return [(x.shape[1], x.dtype, wanted) for x in features]
@@ -104,15 +102,13 @@ def info_nce_share(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    sizes: list[int],
-    group: Group | None,
+    ranks: RankRows,
     chunk_size: int | None,
     gather_with_grad: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
-    ranks = ALONE if group is None else Ranks(group, sizes)
     if not gather_with_grad:
-        image, text = (x.detach().lerp(x, 1 / world_size(group)) for x in (image, text))  # the same values, 1/W of the gradient
+        image, text = (x.detach().lerp(x, 1 / ranks.world_size) for x in (image, text))  # the same values, 1/W of the gradient
     total, correct = pair_sum(image, text, scale, chunk_size, with_accuracy=True, ranks=ranks)
-    share = total * (world_size(group) / sum(sizes))
+    share = total * (ranks.world_size / ranks.total)
     return share, {"contrastive_accuracy": correct / image.shape[0]}

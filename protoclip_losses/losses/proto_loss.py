@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..distributed import Group, active_group, agree, sum_over_ranks, world_size
+from ..distributed import Group, active_group, check_process_group, validate_rows
 from ..functional.info_nce import check_pairs
 from ..functional.prototype_cross_entropy import prototype_sum
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.episode import Prototypes
 from ..prototypes.online import OnlinePrototypes
-from .info_nce import info_nce_share, kind_of
+from .info_nce import collective_signature, info_nce_share
 from .terms import Term, weighted_terms
 
 
@@ -95,7 +95,7 @@ class ProtoLoss(nn.Module):
         self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
         self.external_target_temperature = check.optional_temperature("external_target_temperature", external_target_temperature)
         self.back_translation, self.normalize_prototypes = back_translation, normalize_prototypes
-        self.process_group, self.gather_with_grad = process_group, gather_with_grad
+        self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
         self.chunk_size, self.check_values = chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
         self._is_set = False
@@ -171,12 +171,12 @@ class ProtoLoss(nn.Module):
         teachers = teacher_features if isinstance(teacher_features, Mapping) else {}
         group = active_group(self.process_group)
         rows = image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0
-        (scale, scales, labels, found), sizes = agree(
+        (scale, scales, labels, found), ranks = validate_rows(
             lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index, teachers),
             group,
             rows,
-            same=lambda: (
-                kind_of(image_features, text_features, scale=logit_scale),
+            signature=lambda: (
+                collective_signature(image_features, text_features, scale=logit_scale),
                 [(t.student, t.teacher) for t in self._terms],
                 online and [(name, x.shape[1]) for name, x in {**projected, **teachers}.items()],
             ),
@@ -185,14 +185,12 @@ class ProtoLoss(nn.Module):
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
         metrics: dict[str, Tensor] = {}
         if self.w_clip:
-            share, metrics = info_nce_share(
-                image_features, text_features, scale, sizes, group, self.chunk_size, self.gather_with_grad
-            )
+            share, metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
             parts["contrastive_loss"] = self.w_clip * share
         if self._terms:
             keeps = [a != -1 for a in labels]
             own = torch.stack([keep.sum() for keep in keeps])
-            counts = sum_over_ranks(own, group).clamp(min=1)
+            counts = ranks.sum(own).clamp(min=1)
             for i, term in enumerate(self._terms):
                 h = projected[term.student]
                 safe = labels[i].where(keeps[i], 0)
@@ -200,12 +198,12 @@ class ProtoLoss(nn.Module):
                 total, correct = prototype_sum(
                     h, term.prototypes, safe, keeps[i], scale_of, offsets, term.valid, self.chunk_size, with_accuracy=True
                 )
-                share = term.weight * world_size(group) * total / counts[i]
+                share = term.weight * ranks.world_size * total / counts[i]
                 parts[term.part] = parts[term.part] + share
                 metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own[i].clamp(min=1)
         self.metrics = metrics
         if online is not None and torch.is_grad_enabled():
-            online.update(projected, teachers, group, sizes, found)
+            online.update(projected, teachers, ranks.group, ranks.sizes, found)
         given = (image_features, text_features, logit_scale, logit_bias, proto_scale, *projected.values())
         given += tuple(teacher_features.values()) if isinstance(teacher_features, Mapping) else (teacher_features,)
         parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _checks as check
+from .._dtypes import accumulation_dtype
 from ..functional.soft_targets import soft_target_rows
 
 
@@ -12,7 +12,7 @@ class Offsets:
 
     def __init__(self, student: Tensor, teacher: Tensor, temperature: float) -> None:
         self.temperature = temperature
-        dtype = check.accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
+        dtype = accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
         self.values = torch.zeros_like(student, dtype=dtype, requires_grad=False)  # it may be saved
         self.missing = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
         self.num_missing = student.shape[0]

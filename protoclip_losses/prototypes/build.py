@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import sum_dtype
 from ..clustering.assign import assign
 from ..clustering.engines import BACKENDS, ENGINES, choose
 from ..clustering.kmeans import Clusters, finite_points, places
-from ..clustering.points import Rows, Settings, wide
+from ..clustering.points import Rows, Settings
 from ..clustering.report import ClusteringReport
-from ..distributed import Group, active_group, agree, gather_rows, rank, sum_over_ranks
+from ..distributed import Group, RankRows, active_group, gather_sizes, sum_over_ranks, validate_on_all_ranks, validate_rows
 from ..episodes import FeatureBank
 from .episode import Prototypes
 from .report import EpisodeReport, agreements, back_translated, compare, first_occurrences, modalities, with_teachers
@@ -106,14 +107,14 @@ class EpisodicClusterer:
         """
         start = time.perf_counter()
         group = active_group(self.process_group)
-        (finite, points), sizes = agree(
+        (finite, points), ranks = validate_rows(
             lambda: finite_points(features, index, init, self.num_prototypes),
             group,
             len(features) if isinstance(features, Tensor) and features.dim() else 0,
-            same=lambda: (features.shape[1], features.dtype, self.num_prototypes, init is None, index is None),
+            signature=lambda: (features.shape[1], features.dtype, self.num_prototypes, init is None, index is None),
         )
-        kept_sizes = agree(lambda: None, group, len(points))[1]
-        total, kept = sum(sizes), sum(kept_sizes)
+        kept_ranks = RankRows(group, gather_sizes(len(points), group))
+        total, kept = ranks.total, kept_ranks.total
         if total - kept > self.max_dropped * total:
             raise ValueError(
                 f"features hold NaN or Inf in {total - kept} of {total} rows, more than max_dropped={self.max_dropped} allows"
@@ -125,15 +126,15 @@ class EpisodicClusterer:
             )
         backend, reason = choose(self.backend, self.device or features.device)
         device = self.device or (features.device if backend == "torch" else torch.device("cpu"))
-        place = places(None if index is None else index[finite], points, kept_sizes, group)
+        place = places(None if index is None else index[finite], points, kept_ranks)
         if backend == "torch":
             points, place = points.to(device), place.to(device)
         settings = Settings(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init)
-        run = ENGINES[backend](Rows(points, place, kept_sizes, group), self.num_prototypes, settings)
+        run = ENGINES[backend](Rows(points, place, kept_ranks), self.num_prototypes, settings)
         clustered = time.perf_counter()
         nearest, distances = assign(points, run.centroids, run.labels)
         counts = sum_over_ranks(torch.bincount(nearest, minlength=self.num_prototypes), group).to(features.device)
-        objective = float(sum_over_ranks(distances.to(wide(distances.device)).sum(), group))
+        objective = float(sum_over_ranks(distances.to(sum_dtype(distances.device)).sum(), group))
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
         labels[finite] = nearest.to(features.device)
         report = ClusteringReport(
@@ -167,25 +168,25 @@ class EpisodicClusterer:
         start = time.perf_counter()
         group = active_group(self.process_group)
         external = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
-        features, sizes = modalities(bank, group)
-        sources, _ = agree(
+        features, ranks = modalities(bank, group)
+        sources = validate_on_all_ranks(
             lambda: with_teachers(features, bank.index, external),
             group,
-            same=lambda: ([(name, x.shape[1], x.dtype) for name, x in features.items()], list(external)),
+            signature=lambda: ([(name, x.shape[1], x.dtype) for name, x in features.items()], list(external)),
         )
-        index, owned = first_occurrences(gather_rows(bank.index, sizes, group), sizes, rank(group))
-        owned_sizes = agree(lambda: None, group, int(owned.sum()))[1]
+        index, owned = first_occurrences(ranks.gather(bank.index), ranks)
+        owned_ranks = RankRows(group, gather_sizes(int(owned.sum()), group))
         own_index = bank.index[owned]
         if not bool(owned.all()):
             sources = {name: x[owned] for name, x in sources.items()}
-        order = gather_rows(own_index, owned_sizes, group).argsort()
+        order = owned_ranks.gather(own_index).argsort()
         seconds = {"collect": time.perf_counter() - start, "back_translate": 0.0}
         terms, reports = {}, {}
         for teacher, source in sources.items():
             clusters = self.fit(source, init=self._start(teacher, source.shape[1]), index=own_index)
             reports[teacher] = clusters.report
             start = time.perf_counter()
-            labels = gather_rows(clusters.labels, owned_sizes, group)[order]
+            labels = owned_ranks.gather(clusters.labels)[order]
             for student in (name for name in features if name != teacher):
                 terms[student, teacher] = back_translated(
                     sources[student], clusters.labels, clusters.centroids, labels, clusters.counts > 0, group

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import sum_dtype
 from ..clustering.assign import assign
-from ..clustering.points import finite_rows, means_and_counts, sums_by_label, wide
+from ..clustering.points import finite_rows, means_and_counts, sums_by_label
 from ..distributed import Group, rank, sum_over_ranks, world_size
 from .build import EpisodicClusterer
 from .episode import PrototypeTerm, Terms
@@ -187,7 +188,7 @@ class OnlinePrototypes(Terms):
 
     def _add(self, key: tuple[str, str], labels: Tensor, x: Tensor) -> None:
         if key not in self._sums:
-            self._sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=wide(x.device))
+            self._sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=sum_dtype(x.device))
         self._sums[key] = self._sums[key].to(x.device)  # a state that was loaded may lie elsewhere
         met, place = torch.unique(labels[labels >= 0], return_inverse=True)
         self._sums[key][met] += sums_by_label(place, x[labels >= 0], len(met))  # of the clusters met alone

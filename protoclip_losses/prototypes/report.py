@@ -13,12 +13,12 @@ from ..clustering.agreement import adjusted_agreement
 from ..clustering.assign import assign
 from ..clustering.points import finite_rows, means_and_counts, sums_by_label
 from ..clustering.report import ClusteringReport
-from ..distributed import Group, agree, gather_texts, sum_over_ranks
+from ..distributed import Group, RankRows, gather_strings, sum_over_ranks, validate_rows
 from ..episodes import FeatureBank
 from .episode import Prototypes, PrototypeTerm
 
 
-def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], list[int]]:
+def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], RankRows]:
     """The bank's features, and the rows of each rank; an empty bank that no batch reached has those of the others, in no row."""
 
     def complete() -> dict[str, Tensor]:
@@ -28,15 +28,15 @@ def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor
             bank.require_complete()
         return bank.features
 
-    features, sizes = agree(complete, group, len(bank.index) if isinstance(bank, FeatureBank) else 0)
+    features, ranks = validate_rows(complete, group, len(bank.index) if isinstance(bank, FeatureBank) else 0)
     kinds = json.dumps([(name, x.shape[1], str(x.dtype).removeprefix("torch.")) for name, x in features.items()])
-    everyones = [kind for kind in map(json.loads, gather_texts(kinds, group)) if kind]
+    everyones = [kind for kind in map(json.loads, gather_strings(kinds, group)) if kind]
     if not everyones:
         raise ValueError("bank must hold a sample on some rank, got none on any")
     if not features:
         device = bank.index.device
-        return {n: torch.empty((0, w), dtype=getattr(torch, d), device=device) for n, w, d in everyones[0]}, sizes
-    return dict(features), sizes
+        return {n: torch.empty((0, w), dtype=getattr(torch, d), device=device) for n, w, d in everyones[0]}, ranks
+    return dict(features), ranks
 
 
 def with_teachers(features: Mapping[str, Tensor], index: Tensor, teachers: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -52,14 +52,13 @@ def with_teachers(features: Mapping[str, Tensor], index: Tensor, teachers: Mappi
     return sources
 
 
-def first_occurrences(everything: Tensor, sizes: list[int], own_rank: int) -> tuple[Tensor, Tensor]:
+def first_occurrences(everything: Tensor, ranks: RankRows) -> tuple[Tensor, Tensor]:
     """The episode's samples, sorted, and which of this rank's rows are the first to hold theirs."""
     index, inverse = torch.unique(everything, return_inverse=True)
     place = torch.arange(len(everything), device=everything.device)
     first = torch.full_like(index, len(everything)).scatter_reduce_(0, inverse, place, "amin")
     is_first = first[inverse] == place
-    start = sum(sizes[:own_rank])
-    return index, is_first[start : start + sizes[own_rank]]
+    return index, is_first[ranks.own]
 
 
 def back_translated(

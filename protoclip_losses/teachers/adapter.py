@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, active_group, agree, rank
+from ..distributed import Group, active_group, rank, validate_on_all_ranks
 from .caption_cache import Encode, call_encoder, encode_to_file
 from .pca import PCA
 
@@ -125,9 +125,9 @@ class TeacherAdapter:
             if rank(group) == 0:
                 encode_to_file(encode, captions, path, batch_size, dtype, progress)
 
-        agree(run, group)
+        validate_on_all_ranks(run, group)
         # A node that does not see the file raises on all ranks.
-        rows, _ = agree(lambda: np.load(path, mmap_mode="r"), group)
+        rows = validate_on_all_ranks(lambda: np.load(path, mmap_mode="r"), group)
         adapter = cls(rows, encode=encode, normalize=normalize)
         saved = path.with_suffix(".pca.npz")
 
@@ -144,9 +144,9 @@ class TeacherAdapter:
             np.savez(temporary, mean=pca.mean.numpy(), components=pca.components.numpy(), of=json.dumps(same))
             temporary.replace(saved)
 
-        agree(fit, group)
+        validate_on_all_ranks(fit, group)
         if dim is not None:
-            fitted, _ = agree(lambda: dict(np.load(saved)), group)
+            fitted = validate_on_all_ranks(lambda: dict(np.load(saved)), group)
             adapter.pca = PCA(torch.from_numpy(fitted["mean"]), torch.from_numpy(fitted["components"]))
         return adapter
 

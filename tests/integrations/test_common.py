@@ -5,9 +5,9 @@ import torch
 from cases import unit
 
 from protoclip_losses import EpisodeSampler
+from protoclip_losses._checks import require
 from protoclip_losses.episodes import EpisodeOrder, WithIndex
 from protoclip_losses.heads import ProjectionHeads
-from protoclip_losses.integrations import require
 
 
 def test_a_host_that_is_not_installed_is_named_with_its_extra():

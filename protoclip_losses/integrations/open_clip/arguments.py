@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from .. import require
+from ..._checks import require
 
 
 def _teacher(text: str) -> tuple[str, str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from ..._checks import require
 from ...episodes import WithIndex
-from .. import require
 
 
 class IndexedBatches:

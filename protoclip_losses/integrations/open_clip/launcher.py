@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._checks import require
 from ...episodes import extract
 from ...losses import ProtoLoss
 from ...prototypes import EpisodicClusterer, Prototypes
 from ...teachers import TeacherAdapter
-from .. import require
 from .arguments import parse_arguments
 from .data import number_samples
 from .model import OpenClipLoss, add_heads

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._checks import require
 from ...heads import ProjectionHeads
 from ...losses import ProtoLoss
-from .. import require
 from .data import IndexedBatches
 
 

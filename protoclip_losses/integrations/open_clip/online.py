@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...distributed import active_group, agree
+from ...distributed import active_group, gather_sizes
 from ...losses import ProtoLoss
 from ...prototypes import OnlinePrototypes
 
@@ -54,8 +54,7 @@ def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
     if not args.resume or not epoch:
         return
     file = _file(Path(args.resume).parent, epoch, args)
-    _, found = agree(lambda: None, active_group(None), int(file.exists()))
-    if all(found):
+    if all(gather_sizes(int(file.exists()), active_group(None))):
         assert isinstance(loss.prototypes, OnlinePrototypes)
         state = torch.load(file, map_location="cpu", weights_only=True)
         loss.prototypes.load_state_dict(state["online"])  # raises where the settings are others

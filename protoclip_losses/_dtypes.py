@@ -1,0 +1,15 @@
+"""Which dtypes the library takes, and in which it sums."""
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-sum-exp and of sums within a batch: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over the rows of an episode: float64, but on MPS, which has none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
