@@ -38,11 +38,13 @@ def matrix(name: str, x: Tensor, *, rows: int | None = None, width: int | None =
         raise ValueError(f"{name} must have width {width}{of}, got shape {shape(x)}")
 
 
-def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "") -> None:
-    """Check that ``x`` is an int64 vector."""
+def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "", any_dtype: bool = False) -> None:
+    """Check that ``x`` is an int64 vector, or with ``any_dtype`` one of any integer dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype != torch.int64:
+    if any_dtype and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
+    if not any_dtype and x.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {x.dtype}")
     if x.dim() != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {shape(x)}")
