@@ -23,9 +23,9 @@ def adjusted_rand_score(labels_true: Tensor, labels_pred: Tensor) -> float:
     :math:`b_j`. The maximum is the mean of both labelings' own number of pairs. scikit-learn's function of the same name, on
     tensors.
 
-    | **Use it when:** two labelings have to be compared by a measure that weighs large clusters most.
-    | **Not when:** clusters differ much in size and the small ones matter: :func:`adjusted_mutual_info_score` is fairer to them.
-    | **Related:** :func:`~protoclip_losses.metrics.grouping` clusters features first.
+    **Use it when:** two labelings have to be compared by a measure that weighs large clusters most.
+    **Not when:** clusters differ much in size and the small ones matter: :func:`adjusted_mutual_info_score` is fairer to them.
+    **Related:** :func:`~protoclip_losses.metrics.grouping` clusters features first.
 
     Args:
         labels_true: (N,), any integer dtype. A sample whose label is -1 here or in `labels_pred` is left out.
@@ -63,9 +63,9 @@ def adjusted_mutual_info_score(labels_true: Tensor, labels_pred: Tensor) -> floa
     function of the same name (its default, the arithmetic mean), on tensors. Time grows with the samples and with the square of
     the number of *different* cluster sizes, not with the product of the numbers of clusters; memory with the samples alone.
 
-    | **Use it when:** clusters are many, or differ much in size.
-    | **Not when:** only pairs in the same cluster count: :func:`adjusted_rand_score`, which is also faster.
-    | **Related:** :func:`~protoclip_losses.metrics.grouping` clusters features first.
+    **Use it when:** clusters are many, or differ much in size.
+    **Not when:** only pairs in the same cluster count: :func:`adjusted_rand_score`, which is also faster.
+    **Related:** :func:`~protoclip_losses.metrics.grouping` clusters features first.
 
     Args:
         labels_true: (N,), any integer dtype. A sample whose label is -1 here or in `labels_pred` is left out.
@@ -137,7 +137,8 @@ def _countable(labels: Tensor) -> Tensor:
     """The same partition with small labels: a cluster may be named by any int64, a hash for instance."""
     if len(labels) == 0 or int(labels.max()) < 2 * len(labels) + 1024:
         return labels
-    return torch.unique(labels, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return numbers
 
 
 def _rand(table: _Contingency) -> float:
