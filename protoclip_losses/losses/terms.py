@@ -1,7 +1,7 @@
-"""The terms that ProtoLoss sums: the constants of a prototype term under the settings of the loss."""
+"""The terms that ProtoLoss sums: the constants of each prototype term under the settings of the loss, and their sum."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,50 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as check
-from ..prototypes.source import PrototypeSource, PrototypeTerm
+from ..distributed import RankRows
+from ..kernels.prototype_cross_entropy import label_nll_sum
+from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
+from .settings import ObjectiveSettings
 from .soft_target_cache import SoftTargetCache
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """What :class:`ProtoLoss` was constructed with; see there."""
-
-    w_clip: float
-    w_proto: float
-    w_external: float | Mapping[str, float]
-    target_temperature: float | None
-    external_target_temperature: float | None
-    back_translation: bool
-    normalize_prototypes: bool
-    gather_with_grad: bool
-    chunk_size: int | None
-    check_values: bool | None
-
-    def __post_init__(self) -> None:
-        external = self.w_external
-        weights = {"w_clip": self.w_clip, "w_proto": self.w_proto}
-        weights |= (
-            {f"w_external[{k!r}]": v for k, v in external.items()} if isinstance(external, Mapping) else {"w_external": external}
-        )
-        for name, weight in weights.items():
-            check.weight(name, weight)
-        check.chunk_rows(self.chunk_size)
-        for name in ("target_temperature", "external_target_temperature"):
-            object.__setattr__(self, name, check.optional_temperature(name, getattr(self, name)))
-
-    def as_arguments(self) -> str:
-        """The settings as they are written in a constructor call."""
-        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
-
-    def weight_of(self, teacher: str, *, is_external: bool) -> float:
-        """The weight of all terms of a teacher."""
-        if not is_external:
-            return self.w_proto
-        if not isinstance(self.w_external, Mapping):
-            return self.w_external
-        if teacher not in self.w_external:
-            raise ValueError(f"w_external must have a weight for teacher {teacher!r}, got weights for {sorted(self.w_external)}")
-        return self.w_external[teacher]
 
 
 @dataclass
@@ -118,26 +79,100 @@ class WeightedTerm:
                 self.targets.load_state_dict(state["rows"])
 
 
-def weighted_terms(source: PrototypeSource, settings: ObjectiveSettings) -> list[WeightedTerm]:
-    """The terms of ``source`` that have a weight, in its order.
+class WeightedTerms(list[WeightedTerm]):
+    """The terms of a source that have a weight, in its order.
+
+    Args:
+        source: of the terms; None for no terms.
+        settings: of the loss.
 
     Raises:
         ValueError: no weight for an external teacher, a weight for a teacher that there is not, or without back translation
             a teacher of another width than the student.
     """
-    external = source.external_teachers
-    if isinstance(settings.w_external, Mapping) and source.terms and (unknown := settings.w_external.keys() - external):
-        raise ValueError(f"w_external must name external teachers, which are {sorted(external)}, got {sorted(unknown)}")
-    groups = [teacher if teacher in external else None for _, teacher in source.terms]
-    terms = []
-    for group, ((student, teacher), term) in zip(groups, source.terms.items(), strict=True):
-        is_external = group is not None
-        weight = settings.weight_of(teacher, is_external=is_external) / groups.count(group)
-        if weight:
-            part = "proto_external_loss" if is_external else "proto_loss"
-            temperature = settings.external_target_temperature if is_external else settings.target_temperature
-            terms.append(WeightedTerm(student, teacher, part, weight, *_constants(settings, student, teacher, term), temperature))
-    return terms
+
+    def __init__(self, source: PrototypeSource | None, settings: ObjectiveSettings) -> None:
+        super().__init__()
+        self.settings, self.version = settings, 0 if source is None else source.version
+        if source is None or not source.terms:
+            return
+        external = source.external_teachers
+        settings.check_teachers(external)
+        groups = [teacher if teacher in external else None for _, teacher in source.terms]
+        for group, ((student, teacher), term) in zip(groups, source.terms.items(), strict=True):
+            is_external = group is not None
+            weight = settings.weight_of(teacher, is_external=is_external) / groups.count(group)
+            if weight:
+                part = "proto_external_loss" if is_external else "proto_loss"
+                temperature = settings.external_target_temperature if is_external else settings.target_temperature
+                self.append(
+                    WeightedTerm(student, teacher, part, weight, *_constants(settings, student, teacher, term), temperature)
+                )
+
+    def fill(self) -> None:
+        """Compute all targets now, not when labels need them."""
+        for term in self:
+            term.fill()
+
+    def check(self, batch: BatchFeatures, logit_scale: Tensor | float) -> dict[str, Tensor]:
+        """Check the students' features, move the terms to their device, and return each student's scale."""
+        scales: dict[str, Tensor] = {}
+        for student in dict.fromkeys(term.student for term in self):
+            if student not in batch.students:
+                raise ValueError(f"features must hold the projected features of {student!r}, got {sorted(batch.students)}")
+            h = batch.students[student]
+            if check.values_are_checked(h, self.settings.check_values):
+                check.finite(f"projected features of {student!r}", h)
+            scales[student] = check.scale("logit_scale_proto", logit_scale, h, self.settings.check_values)
+        for term in self:
+            h, width = batch.students[term.student], term.prototypes.shape[1]
+            check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
+            term.to(h.device)
+        return scales
+
+    def add_to(
+        self,
+        parts: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        batch: BatchFeatures,
+        scales: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        ranks: RankRows,
+    ) -> None:
+        """Add this rank's share of each term to its part of the loss, and its accuracy to the metrics."""
+        if not self:
+            return
+        usable = [term.usable(labels[term.teacher]) for term in self]
+        row_masks = [x != -1 for x in usable]
+        own_counts = torch.stack([mask.sum() for mask in row_masks])
+        counts = ranks.sum(own_counts).clamp(min=1)
+        for i, term in enumerate(self):
+            safe = usable[i].where(row_masks[i], 0)
+            h, scale, delta = batch.students[term.student], scales[term.student], term.target_delta(safe)
+            total, correct = label_nll_sum(
+                h,
+                term.prototypes,
+                safe,
+                row_masks[i],
+                scale,
+                delta,
+                term.valid,
+                self.settings.chunk_size,
+                with_accuracy=True,
+            )
+            parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
+            metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own_counts[i].clamp(min=1)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The targets of each term."""
+        return [term.state_dict(self.settings) for term in self]
+
+    def load_state_dict(self, saved: Sequence[Mapping[str, Any]] | None) -> None:
+        """Take over the targets that were saved; None if they were computed at once (0.6 did not save those)."""
+        if saved is None:
+            self.fill()
+        for term in self:
+            term.load_state_dict(saved or (), self.settings)
 
 
 def _constants(

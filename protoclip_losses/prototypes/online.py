@@ -68,6 +68,8 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         [False, False, True]
     """
 
+    needs_episodes = False
+
     def __init__(
         self,
         num_prototypes: int,

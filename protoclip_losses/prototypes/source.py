@@ -125,6 +125,22 @@ class BatchFeatures(NamedTuple):
         """The students' device, where losses are computed."""
         return next(iter(self.students.values())).device
 
+    def check(self, image_features: Tensor) -> None:
+        """Raise if a student's features are no matrix, or of other rows or on another device than ``image_features``."""
+        for name, h in self.students.items():
+            check.matrix(f"projected features of {name!r}", h, rows=image_features.shape[0], of=" as image_features")
+            check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
+
+
+def teachers_by_name(teacher_features: Any) -> Mapping[str, Tensor]:
+    """Features of external teachers by name; 0.6 accepted a single tensor, and ignored it."""
+    if isinstance(teacher_features, Tensor):
+        check.warn_renamed("teacher_features as a single tensor", "a mapping of names to tensors", stacklevel=4)
+        return {}
+    if teacher_features is None or isinstance(teacher_features, Mapping):
+        return teacher_features or {}
+    raise TypeError(f"teacher_features must be a mapping of names to tensors, got {type(teacher_features).__name__}")
+
 
 class PrototypeSource(ABC):
     """Where :class:`~protoclip_losses.ProtoLoss` gets terms and labels from.
@@ -136,12 +152,14 @@ class PrototypeSource(ABC):
     Attributes:
         terms: the :class:`PrototypeTerm` of each (student, teacher); empty while there are none, in warm-up.
         version: changes whenever ``terms`` does.
+        needs_episodes: False if :meth:`observe` keeps the terms up to date, so that a host has nothing to cluster.
 
     A teacher that is also a student of some term is internal; any other is external.
     """
 
     terms: Mapping[Pair, PrototypeTerm]
     version: int = 0
+    needs_episodes: ClassVar[bool] = True
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["PrototypeSource"]]] = {}
 
