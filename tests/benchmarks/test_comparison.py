@@ -12,20 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from compare import Run, append, finished, read_plan
 from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
 from compare_metrics import PENALTIES, linear_probes, ridge_probe
 from compare_run import Clock
 from compare_stats import final, interval, mean_curve, paired, read_table, share_of_time
 from emoji_styles import STYLES, family, load, splits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

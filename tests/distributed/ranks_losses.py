@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import assert_near, episode, leaf, make_term, unit
+from rank_cases import rank_case
 from ranks import LOCAL, SHARES, assert_same_on_every_rank, everyone, own_rows, raises_everywhere
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +43,7 @@ def partly_ignored_episode(world_size):
     )
 
 
+@rank_case
 def the_share_of_info_nce_is_exact(rank, world_size, folder):
     """Mean over ranks of the loss, and gradients of rows and scale, against the dense form of the whole batch."""
     total = sum(SHARES[:world_size])
@@ -60,6 +62,7 @@ def the_share_of_info_nce_is_exact(rank, world_size, folder):
             assert_near(own.grad / world_size, x.grad[own_rows(rank)])
 
 
+@rank_case
 def without_gradients_of_the_gather_other_ranks_features_are_constants(rank, world_size, folder):
     """InfoNCE of the whole batch in which own rows alone are leaves; the scale and the prototype terms are exact all the same."""
     total = sum(SHARES[:world_size])
@@ -88,6 +91,7 @@ def without_gradients_of_the_gather_other_ranks_features_are_constants(rank, wor
         assert_near(gradients[False]["proto_loss"][i], gradients[True]["proto_loss"][i])
 
 
+@rank_case
 def a_text_that_is_near_no_image_is_exact(rank, world_size, folder):
     """Column normalisers 200 below the rows': each column needs its own exponentials, and every rank must see that it does."""
     total = sum(SHARES[:world_size])
@@ -107,6 +111,7 @@ def a_text_that_is_near_no_image_is_exact(rank, world_size, folder):
         assert_near(own.grad / world_size, x.grad[own_rows(rank)])
 
 
+@rank_case
 def the_share_of_every_part_is_exact(rank, world_size, folder):
     """Internal and external terms, ignored labels differing from rank to rank; one rank may have none that counts."""
     prototypes = partly_ignored_episode(world_size)
@@ -137,6 +142,7 @@ def the_share_of_every_part_is_exact(rank, world_size, folder):
         assert_near(x.grad / world_size, all_rows.grad[own_rows(rank)])
 
 
+@rank_case
 def a_term_in_which_no_sample_counts_is_zero(rank, world_size, folder):
     term = make_term(torch.eye(3), torch.eye(3), torch.full((8,), -1), torch.ones(3, dtype=torch.bool))
     loss = ProtoLoss(w_clip=0)
@@ -148,6 +154,7 @@ def a_term_in_which_no_sample_counts_is_zero(rank, world_size, folder):
     assert (h.grad == 0).all()
 
 
+@rank_case
 def online_prototypes_are_those_of_one_process(rank, world_size, folder):
     """Equal shares of a batch, and a queue that they divide: the same terms, losses and gradients."""
     whole, own = ProtoLoss(target_temperature=0.1, **LOCAL), ProtoLoss(target_temperature=0.1)
@@ -241,6 +248,7 @@ def episodes_of(prototypes):
     return lambda loss: loss.set_prototypes(prototypes)
 
 
+@rank_case
 def info_nce_under_ddp(rank, world_size, folder):
     total = sum(SHARES[:world_size])
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
@@ -250,6 +258,7 @@ def info_nce_under_ddp(rank, world_size, folder):
             train_like_one_process(model, InfoNCE, modes, rank, world_size, torch.arange(total), tolerance)
 
 
+@rank_case
 def proto_loss_under_ddp_from_warm_up_to_lit(rank, world_size, folder):
     """Modes follow each other with find_unused_parameters=False; heads and their scale are unused in warm-up and LiT."""
     prototypes = partly_ignored_episode(world_size)
@@ -263,6 +272,7 @@ def proto_loss_under_ddp_from_warm_up_to_lit(rank, world_size, folder):
         train_like_one_process(model, make_loss, [train, warm_up, warm_up], rank, world_size, index, tolerance)
 
 
+@rank_case
 def weights_of_zero_under_ddp(rank, world_size, folder):
     prototypes = partly_ignored_episode(world_size)
     index = prototypes.index[: sum(SHARES[:world_size])]
@@ -272,6 +282,7 @@ def weights_of_zero_under_ddp(rank, world_size, folder):
         train_like_one_process(model, partial(ProtoLoss, **weights), modes, rank, world_size, index, 1e-10)
 
 
+@rank_case
 def process_group_false_talks_to_nobody(rank, world_size, folder):
     """Rank 0 alone evaluates and clusters; a collective would wait for the others, who never come."""
     if rank == 0:
@@ -287,6 +298,7 @@ def process_group_false_talks_to_nobody(rank, world_size, folder):
         EpisodicClusterer(3, **LOCAL).build(bank, [TeacherAdapter.from_tensor(unit(20, 6))])
 
 
+@rank_case
 def bad_input_on_one_rank_raises_on_all(rank, world_size, folder):
     bad = world_size - 1
     z, prototypes = unit(4, 5, rank), episode(teachers=("t",))
@@ -325,6 +337,7 @@ def bad_input_on_one_rank_raises_on_all(rank, world_size, folder):
         assert proto_loss().isfinite()
 
 
+@rank_case
 def a_group_of_some_ranks_is_a_world_of_its_own(rank, world_size, folder):
     members = list(range(1, world_size)) or [0]
     group = dist.new_group(members)
@@ -357,26 +370,10 @@ def a_group_of_some_ranks_is_a_world_of_its_own(rank, world_size, folder):
     assert torch.equal(clusters.centroids, EpisodicClusterer(3, **LOCAL).fit(x).centroids)
 
 
+@rank_case
 def a_group_of_one_is_one_process(rank, world_size, folder):
     groups = [dist.new_group([r]) for r in range(world_size)]
     assert active_group(groups[rank]) is None
     assert (active_group(None) is None) == (world_size == 1)
     image, text = unit(rank + 2, 4, 1), unit(rank + 2, 4, 2)
     assert_near(InfoNCE(process_group=groups[rank])(image, text, 10.0), dense.info_nce(image, text, 10.0))
-
-
-CASES = [
-    the_share_of_info_nce_is_exact,
-    without_gradients_of_the_gather_other_ranks_features_are_constants,
-    a_text_that_is_near_no_image_is_exact,
-    online_prototypes_are_those_of_one_process,
-    the_share_of_every_part_is_exact,
-    a_term_in_which_no_sample_counts_is_zero,
-    info_nce_under_ddp,
-    proto_loss_under_ddp_from_warm_up_to_lit,
-    weights_of_zero_under_ddp,
-    process_group_false_talks_to_nobody,
-    bad_input_on_one_rank_raises_on_all,
-    a_group_of_some_ranks_is_a_world_of_its_own,
-    a_group_of_one_is_one_process,
-]

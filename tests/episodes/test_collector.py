@@ -1,5 +1,7 @@
 """FeatureCollector: the bank of an episode whose samples are known only as they come."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import unit
@@ -98,6 +100,7 @@ torch.save(collector.state_dict(), sys.argv[1] + "/state.pt")
 """,
         tmp_path,
         done,
+        folders=[Path(__file__).parent],
     )
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert torch.equal(state["index"], INDEX)

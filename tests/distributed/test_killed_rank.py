@@ -3,6 +3,8 @@
 import os
 import time
 
+import pytest
+import spawn
 import torch
 from cases import unit
 
@@ -27,4 +29,9 @@ def a_rank_dies_in_kmeans(rank, world_size, folder):
         os._exit(0)
 
 
-CASES = [a_rank_dies_in_kmeans]
+@pytest.mark.distributed
+def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path):
+    spawn.run([f"{__file__}::{a_rank_dies_in_kmeans.__name__}"], 3, tmp_path, time_limit=90)
+    said = [tmp_path / f"said.{rank}" for rank in range(3)]
+    assert [file.exists() for file in said] == [True, False, True], [(tmp_path / f"log.{r}").read_text() for r in (0, 2)]
+    assert all(float(file.read_text().split()[0]) < 75 for file in (said[0], said[2]))

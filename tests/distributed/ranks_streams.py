@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import unit
+from rank_cases import rank_case
 from ranks import LOCAL, assert_same_on_every_rank, raises_everywhere
 from text_encoder import CAPTIONS, TextEncoder
 
@@ -26,6 +27,7 @@ def features(passing, encode):
     return collector
 
 
+@rank_case
 def ranks_with_shards_of_their_own_build_and_train_as_one(rank, world_size, folder):
     """Extraction and training of an episode, with unequal numbers of samples."""
     episode = StreamEpisodes(list(SIZES), 5, seed=1).episode(0)
@@ -49,12 +51,14 @@ def ranks_with_shards_of_their_own_build_and_train_as_one(rank, world_size, fold
     assert steps > 0
 
 
+@rank_case
 def ranks_stop_with_the_first_that_has_no_batch(rank, world_size, folder):
     assert list(even_batches(range(rank + 2))) == [0, 1]
     assert list(even_batches([] if rank == world_size - 1 else [1])) == []
     assert list(even_batches(range(rank), process_group=False)) == list(range(rank))
 
 
+@rank_case
 def an_error_between_batches_raises_on_all(rank, world_size, folder):
     def batches():
         yield 1
@@ -65,6 +69,7 @@ def an_error_between_batches_raises_on_all(rank, world_size, folder):
     raises_everywhere(lambda: list(even_batches(batches())), world_size - 1, OSError, "shard is gone")
 
 
+@rank_case
 def one_group_encodes_for_itself(rank, world_size, folder):
     """A process group, here each rank alone, makes and reads its own file."""
     encode = TextEncoder()
@@ -73,10 +78,9 @@ def one_group_encodes_for_itself(rank, world_size, folder):
     assert encode.seen == CAPTIONS
 
 
+@rank_case(world_sizes=(2, 4))
 def a_file_that_one_rank_does_not_see_raises_on_all(rank, world_size, folder):
     """As on a second node without the first one's disk."""
-    if world_size == 1:
-        return
     place = folder if rank == 0 else folder / "not_mounted"
     for dim in (None, 4):
         call = lambda dim=dim: TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, place / "m.npy", dim=dim, progress=False)  # noqa: E731
@@ -84,9 +88,8 @@ def a_file_that_one_rank_does_not_see_raises_on_all(rank, world_size, folder):
             call()
 
 
+@rank_case(world_sizes=(2, 4))
 def a_pca_that_one_rank_does_not_see_raises_on_all(rank, world_size, folder):
-    if world_size == 1:
-        return
     place = folder if rank == 0 else folder / "half_mounted"
     if rank == 1:
         place.mkdir()
@@ -97,6 +100,7 @@ def a_pca_that_one_rank_does_not_see_raises_on_all(rank, world_size, folder):
         TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, place / "h.npy", dim=4, progress=False)
 
 
+@rank_case
 def a_single_caption_raises_on_all(rank, world_size, folder):
     raises_everywhere(
         lambda: TeacherAdapter.from_encoder(
@@ -106,14 +110,3 @@ def a_single_caption_raises_on_all(rank, world_size, folder):
         TypeError,
         "texts must be a list of strings, got a single str",
     )
-
-
-CASES = [
-    ranks_with_shards_of_their_own_build_and_train_as_one,
-    ranks_stop_with_the_first_that_has_no_batch,
-    an_error_between_batches_raises_on_all,
-    one_group_encodes_for_itself,
-    a_file_that_one_rank_does_not_see_raises_on_all,
-    a_pca_that_one_rank_does_not_see_raises_on_all,
-    a_single_caption_raises_on_all,
-]

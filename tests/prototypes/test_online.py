@@ -216,7 +216,6 @@ def test_of_several_calls_for_the_same_samples_the_last_counts():
 
 CONTINUE = """
 import sys, torch
-sys.path.insert(0, sys.argv[3])
 from test_online import batch, in_training, online, EVERY, WARMUP
 from protoclip_losses import ProtoLoss
 loss = ProtoLoss(target_temperature=0.1)
@@ -237,7 +236,7 @@ def test_a_saved_loss_goes_on_in_a_new_process_bit_for_bit(tmp_path, request):
     for step in range(WARMUP + 2, WARMUP + 2 * EVERY):
         x = batch(step)
         value = loss(leaf(x["image"]), x["text"], 10.0, teacher_features={"minilm": x["minilm"]})
-    in_new_process(CONTINUE, tmp_path / "state.pt", tmp_path / "done.pt", request.path.parent)
+    in_new_process(CONTINUE, tmp_path / "state.pt", tmp_path / "done.pt", folders=[request.path.parent])
     done = torch.load(tmp_path / "done.pt", weights_only=True)
     assert torch.equal(done["value"], value.detach())
     for name, kept in prototypes.state_dict()["terms"].items():

@@ -1,10 +1,10 @@
-"""Real gloo processes: runs the cases of test modules on each rank, once per world size.
+"""Real gloo processes: runs rank cases on each rank, once per world size.
 
 A worker ends by barrier, destroy_process_group and os._exit, and the parent waits for it under a time limit: left to the
 interpreter's own shutdown, gloo's threads abort or hang now and then.
 """
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,18 +15,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import child_environment
 
 
-def run(modules, world_size, folder, time_limit=120):
-    """Run each ``case(rank, world_size, folder)`` in the modules' CASES, on processes that meet in ``folder``.
+def run(cases, world_size, folder, time_limit=120):
+    """Run each ``case(rank, world_size, folder)``, given as "file.py::name", on processes that meet in ``folder``.
 
     Returns what :func:`failure` needs to say how each of them went.
     """
     processes = []
     for rank in range(world_size):
         with open(folder / f"log.{rank}", "w") as log:
-            arguments = [sys.executable, __file__, str(rank), str(world_size), str(folder), *modules]
-            processes.append(subprocess.Popen(arguments, stdout=log, stderr=log))
+            arguments = [sys.executable, __file__, str(rank), str(world_size), str(folder), *cases]
+            processes.append(subprocess.Popen(arguments, stdout=log, stderr=log, env=child_environment()))
     deadline = time.monotonic() + time_limit
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -38,11 +39,17 @@ def run(modules, world_size, folder, time_limit=120):
     return world_size, folder
 
 
+def outcome(case, rank, folder):
+    """The file in which a rank says how a case went: its traceback, or nothing."""
+    path, name = case.split("::")
+    return folder / f"{Path(path).stem}.{name}.{rank}"
+
+
 def failure(case, world_size, folder):
     """What went wrong with a case on any rank, or an empty string."""
-    outcomes = [folder / f"{case}.{rank}" for rank in range(world_size)]
+    outcomes = [outcome(case, rank, folder) for rank in range(world_size)]
     failures = [f"rank {rank} failed\n{o.read_text()}" for rank, o in enumerate(outcomes) if o.exists() and o.read_text()]
-    missing = [rank for rank, outcome in enumerate(outcomes) if not outcome.exists()]
+    missing = [rank for rank, o in enumerate(outcomes) if not o.exists()]
     if len(missing) == world_size:
         failures.append("did not end on any rank: it hung or died there, or was not reached after a failure")
     elif missing:
@@ -51,19 +58,29 @@ def failure(case, world_size, folder):
     return "\n".join([*failures, *filter(None, logs)])
 
 
-def work(rank, world_size, folder, modules):
+def load(path):
+    """The module in a file, imported once."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def work(rank, world_size, folder, cases):
     torch.set_num_threads(1)
     meet = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-    for case in (case for module in modules for case in importlib.import_module(module).CASES):
-        outcome = folder / f"{case.__name__}.{rank}"
+    for case in cases:
+        path, name = case.split("::")
         try:
-            case(rank, world_size, folder)
+            getattr(load(path), name)(rank, world_size, folder)
             dist.barrier()
         except BaseException:
-            outcome.write_text(traceback.format_exc())
+            outcome(case, rank, folder).write_text(traceback.format_exc())
             leave(1)
-        outcome.write_text("")
+        outcome(case, rank, folder).write_text("")
     dist.barrier()
     dist.destroy_process_group()
     leave(0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import assert_near, integers, unit
+from rank_cases import rank_case
 from ranks import LOCAL, assert_same_on_every_rank, own_rows, raises_everywhere
 from text_encoder import CAPTIONS, TextEncoder
 
@@ -18,6 +19,7 @@ STUDENTS = {"image": unit(SAMPLES, 4, 1, torch.float32), "text": unit(SAMPLES, 4
 TEACHER = unit(SAMPLES, 7, 3, torch.float32)
 
 
+@rank_case
 def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
     for backend, shares in ((b, s) for b in ("torch", "faiss") for s in ([30, 1, 0, 25], [15, 15, 15, 15], [0, 50, 3, 0])):
         shares = [60] if world_size == 1 else shares[:world_size]
@@ -37,6 +39,7 @@ def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
         assert torch.equal(again.centroids, clusters.centroids)
 
 
+@rank_case
 def a_start_and_empty_clusters_are_the_same_for_all(rank, world_size, folder):
     """Four of six centroids begin as one: they are re-seeded with rows that lie on any rank."""
     x = unit(40 * world_size, 4, 6, torch.float32)
@@ -49,6 +52,7 @@ def a_start_and_empty_clusters_are_the_same_for_all(rank, world_size, folder):
     assert torch.allclose(clusters.centroids, whole.centroids, atol=1e-5)
 
 
+@rank_case
 def build_is_that_of_one_process(rank, world_size, folder):
     """Whichever rank holds a sample: prototypes and labels are those of one process with all of them."""
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(8))
@@ -67,6 +71,7 @@ def build_is_that_of_one_process(rank, world_size, folder):
         assert torch.equal(built[0].terms[pair].valid, term.valid)
 
 
+@rank_case
 def rows_stay_on_their_rank(rank, world_size, folder):
     """The PyTorch engine sends centroids and sums, whose number does not grow with the rows."""
     sent = []
@@ -90,6 +95,7 @@ def rows_stay_on_their_rank(rank, world_size, folder):
         assert max(sent) <= (K + 1) * (4 + 1)
 
 
+@rank_case
 def build_gives_every_rank_the_prototypes_of_all_rows(rank, world_size, folder):
     """Shares of an episode in random order, padded as a DistributedSampler does; the first copy of a sample is the one kept."""
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(4))
@@ -117,6 +123,7 @@ def build_gives_every_rank_the_prototypes_of_all_rows(rank, world_size, folder):
     assert torch.equal(prototypes.positions(anyones), anyones)
 
 
+@rank_case
 def a_rank_without_samples_takes_part(rank, world_size, folder):
     has = rank < max(1, world_size - 1)
     index = torch.arange(rank, SAMPLES, max(1, world_size - 1)) if has else torch.arange(0)
@@ -133,6 +140,7 @@ def a_rank_without_samples_takes_part(rank, world_size, folder):
         assert torch.bincount(term.labels, minlength=K).sum() == SAMPLES
 
 
+@rank_case
 def rows_that_one_rank_lost_are_left_out(rank, world_size, folder):
     index = torch.arange(rank, SAMPLES, world_size)
     bank = FeatureBank(index, 4)
@@ -146,6 +154,7 @@ def rows_that_one_rank_lost_are_left_out(rank, world_size, folder):
     assert_near(term.prototypes, means, 1e-6)
 
 
+@rank_case
 def bad_clustering_input_on_one_rank_raises_on_all(rank, world_size, folder):
     bad = world_size - 1
     x = unit(10, 4, rank, torch.float32)
@@ -168,6 +177,7 @@ def bad_clustering_input_on_one_rank_raises_on_all(rank, world_size, folder):
     assert len(build().index) == 10 * world_size
 
 
+@rank_case
 def too_many_bad_rows_on_one_rank_raise_on_all(rank, world_size, folder):
     """The verdict is of all rows, so that every rank says the same."""
     x = unit(10, 4, rank, torch.float32)
@@ -180,6 +190,7 @@ def too_many_bad_rows_on_one_rank_raise_on_all(rank, world_size, folder):
         EpisodicClusterer(100, max_dropped=0.4).fit(x)
 
 
+@rank_case
 def an_error_in_faiss_raises_on_all(rank, world_size, folder):
     real = faiss_engine._train
 
@@ -194,6 +205,7 @@ def an_error_in_faiss_raises_on_all(rank, world_size, folder):
     assert EpisodicClusterer(3).fit(unit(10, 4, rank)).counts.sum() == 10 * world_size
 
 
+@rank_case
 def one_rank_encodes_for_all(rank, world_size, folder):
     encode = TextEncoder()
     teacher = TeacherAdapter.from_encoder(encode, CAPTIONS, folder / "t.npy", dim=4, progress=False)
@@ -209,18 +221,3 @@ def one_rank_encodes_for_all(rank, world_size, folder):
     raises_everywhere(
         lambda: TeacherAdapter.from_encoder(encode, CAPTIONS, folder / "t.npy", dim=99, progress=False), 0, ValueError, "dim must"
     )
-
-
-CASES = [
-    bad_clustering_input_on_one_rank_raises_on_all,
-    too_many_bad_rows_on_one_rank_raise_on_all,
-    an_error_in_faiss_raises_on_all,
-    fit_gives_every_rank_the_clustering_of_all_rows,
-    a_start_and_empty_clusters_are_the_same_for_all,
-    build_is_that_of_one_process,
-    rows_stay_on_their_rank,
-    build_gives_every_rank_the_prototypes_of_all_rows,
-    a_rank_without_samples_takes_part,
-    rows_that_one_rank_lost_are_left_out,
-    one_rank_encodes_for_all,
-]

@@ -1,9 +1,9 @@
-"""PrototypicalBackTranslation, the module that also streams."""
+"""Prototypical back translation against a loop over clusters: the function, and the module that also streams."""
 
 import dense
 import pytest
 import torch
-from cases import assert_near, integers, unit
+from cases import assert_near, integers, leaf, unit
 from helpers import in_new_process
 
 from protoclip_losses import PrototypicalBackTranslation
@@ -20,14 +20,67 @@ def streamed(features=FEATURES, batch=30, labels=LABELS):
     return pbt
 
 
-def test_a_call_is_the_function():
-    pbt = PrototypicalBackTranslation(K)
-    prototypes, counts = back_translate(LABELS, FEATURES, K)
-    assert torch.equal(pbt(LABELS, FEATURES), prototypes)
+@pytest.mark.parametrize(("samples", "prototypes", "width"), [(50, 6, 4), (1, 1, 1), (3, 10, 2), (40, 1, 3), (0, 3, 2)])
+def test_prototypes_are_means_of_the_students_own_features(samples, prototypes, width):
+    labels, features = integers(prototypes, samples), unit(samples, width)
+    got, counts = back_translate(labels, features, prototypes)
+    want, true_counts = dense.back_translate(labels, features, prototypes)
+    assert_near(got, want)
+    assert torch.equal(counts, true_counts)
+
+
+def test_an_empty_cluster_is_a_zero_row_with_count_zero():
+    prototypes, counts = back_translate(torch.tensor([0, 0, 3]), unit(3, 2), 5)
+    assert counts.tolist() == [2, 0, 0, 1, 0]
+    assert (prototypes[counts == 0] == 0).all()
+
+
+def test_label_minus_one_is_left_out_even_where_its_row_is_nan():
+    labels, features = integers(4, 20), unit(20, 3)
+    labels[[2, 7, 19]] = -1
+    want, counts = dense.back_translate(labels, features, 4)
+    features[[2, 7]], features[19] = float("nan"), float("inf")
+    got, got_counts = back_translate(labels, features, 4)
+    assert_near(got, want)
+    assert torch.equal(got_counts, counts)
+
+
+def test_with_every_row_left_out_all_clusters_are_empty():
+    prototypes, counts = back_translate(torch.tensor([-1, -1]), unit(2, 3), 4)
+    assert (prototypes == 0).all()
+    assert (counts == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sums_are_kept_in_at_least_float32(dtype):
+    features = (1 + unit(5000, 3)).to(dtype)  # a float16 sum of 5000 ones would be off by units
+    got, _ = back_translate(integers(2, 5000), features, 2)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_near(got, dense.back_translate(integers(2, 5000), features, 2)[0], 1e-5 if dtype != torch.float64 else 1e-12)
+
+
+def test_same_input_same_bits():
+    labels, features = integers(50, 20000), unit(20000, 8, dtype=torch.float32)
+    first = back_translate(labels, features, 50)[0]
+    assert all(torch.equal(first, back_translate(labels, features, 50)[0]) for _ in range(3))
+
+
+def test_result_is_a_constant_and_strides_do_not_matter():
+    features, labels = unit(4, 20), torch.stack([integers(3, 20)] * 2, 1)[:, 0]
+    prototypes, _ = back_translate(labels, leaf(features).T, 3)
+    assert not prototypes.requires_grad
+    assert_near(prototypes, dense.back_translate(labels, features.T, 3)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_call_is_the_function(dtype):
+    features, pbt = FEATURES.to(dtype), PrototypicalBackTranslation(K)
+    prototypes, counts = back_translate(LABELS, features, K)
+    assert torch.equal(pbt(LABELS, features), prototypes)
     assert torch.equal(pbt.counts, counts)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 30, 100])
+@pytest.mark.parametrize("batch", [1, 3, 7, 30, 100])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_streamed_is_the_same_as_at_once(batch, dtype):
     features = FEATURES.to(dtype)
@@ -47,6 +100,15 @@ def test_a_long_stream_keeps_its_digits():
     for _ in range(100):
         pbt.update(torch.tensor([0]), torch.tensor([[1.0]]))
     assert float(pbt.compute()) == pytest.approx((2**25 + 100) / 101, rel=1e-7)
+
+
+def test_a_long_stream_of_float32_loses_no_digits():
+    features = 1 + unit(256, 2, dtype=torch.float32)
+    pbt = PrototypicalBackTranslation(1)
+    for _ in range(300):
+        pbt.update(torch.zeros(256, dtype=torch.int64), features)
+    assert pbt.compute().dtype == torch.float32
+    assert_near(pbt.compute()[0], features.double().mean(0), 1e-6)
 
 
 def test_counts_say_which_rows_are_empty():
@@ -70,6 +132,16 @@ def test_a_call_does_not_touch_what_was_streamed():
     assert torch.equal(pbt.counts, streamed().counts)
 
 
+def test_a_call_does_not_disturb_the_stream():
+    labels, features = integers(4, 20), unit(20, 3)
+    pbt = PrototypicalBackTranslation(4)
+    pbt.update(labels[:10], features[:10])
+    pbt(labels, -features)
+    pbt.update(labels[10:], features[10:])
+    assert_near(pbt.compute(), back_translate(labels, features, 4)[0])
+    assert torch.equal(pbt.counts, back_translate(labels, features, 4)[1])
+
+
 def test_reset_forgets():
     pbt = streamed()
     pbt.reset()
@@ -78,6 +150,16 @@ def test_reset_forgets():
         pbt.compute()
     pbt.update(torch.tensor([1]), torch.full((1, 2), 3.0))  # another width is fine now
     assert pbt.compute()[1].tolist() == [3, 3]
+
+
+def test_reset_forgets_the_stream():
+    labels, features = integers(4, 20), unit(20, 3)
+    pbt = PrototypicalBackTranslation(4)
+    pbt.update(labels, -features)
+    pbt.reset()
+    assert (pbt.counts == 0).all()
+    pbt.update(labels, features)
+    assert_near(pbt.compute(), back_translate(labels, features, 4)[0])
 
 
 def test_reset_forgets_the_type_too():
@@ -96,7 +178,9 @@ def test_prototypes_are_constants():
 
 def test_it_has_no_tensors_that_a_model_would_carry():
     pbt = streamed()
+    before = pbt.compute()
     assert list(pbt.parameters()) == list(pbt.buffers()) == []
+    assert torch.equal(pbt.half().compute(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -110,7 +194,7 @@ import sys, torch
 from protoclip_losses import PrototypicalBackTranslation
 saved = torch.load(sys.argv[1] + "/half.pt", weights_only=True)
 pbt = PrototypicalBackTranslation(9)
-pbt.load_state_dict(saved["pbt"])
+pbt.load_state_dict(saved["pbt"], strict=True)
 loaded = pbt.counts
 pbt.update(*saved["rest"])
 torch.save({"loaded": loaded, "prototypes": pbt.compute(), "counts": pbt.counts}, sys.argv[1] + "/whole.pt")
@@ -131,6 +215,8 @@ def test_an_unused_stream_can_be_saved_and_loaded():
     assert pbt.counts.tolist() == [0] * K
     with pytest.raises(ValueError, match="compute needs"):
         pbt.compute()
+    pbt.update(torch.tensor([2]), unit(1, 3))  # another width is fine now
+    assert pbt.counts.tolist() == [0, 0, 1] + [0] * (K - 3)
 
 
 def test_the_state_of_another_number_of_prototypes_is_an_error():

@@ -1,6 +1,7 @@
 """What a clustering says of itself, how it is compared with the episode before, and a start from there."""
 
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,7 @@ prototypes = clusterer.build(bank_of(state["index"], IMAGE, TEXT))
 torch.save([prototypes.state_dict(), clusterer.report.drift, clusterer.report.changed], sys.argv[1] + "/out.pt")
 """,
         tmp_path,
+        folders=[Path(__file__).parent],
     )
     there, drift, changed = torch.load(tmp_path / "out.pt", weights_only=True)
     for mine, other in zip(here.state_dict()["terms"], there["terms"], strict=True):

@@ -1,8 +1,8 @@
 """What several test files need: features to work on, and Python code run in a process of its own."""
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
@@ -24,20 +24,25 @@ def same_partition(labels, groups):
     return pairs == len(labels.unique()) == len(groups.unique())
 
 
-def python_process(code, *arguments):
-    """A new interpreter that runs ``code`` with ``arguments`` in sys.argv; tests/ is importable there."""
+def child_environment(*folders):
+    """The environment of a process that imports what this one does, and from ``folders``."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in (*folders, *sys.path))}
+
+
+def python_process(code, *arguments, folders=()):
+    """A new interpreter that runs ``code`` with ``arguments`` in sys.argv."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent,
+        env=child_environment(*folders),
     )
 
 
-def in_new_process(code, *arguments):
+def in_new_process(code, *arguments, folders=()):
     """The standard output of ``code`` in a new interpreter, which must succeed and write no error."""
-    process = python_process(code, *arguments)
+    process = python_process(code, *arguments, folders=folders)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert err == ""

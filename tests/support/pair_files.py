@@ -3,16 +3,13 @@
 import functools
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
 import torch
+from pairs import Pairs, emoji_pairs
 from PIL import Image
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from pairs import Pairs, emoji_pairs
 
 NUM = 60
 

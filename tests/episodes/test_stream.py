@@ -2,6 +2,7 @@
 
 import collections
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,7 +279,7 @@ def test_a_saved_pass_goes_on_in_a_new_process(stream, tmp_path):
         """
 import json, sys, torch
 from protoclip_losses import StreamEpisodes
-from test_streams import SIZES, decode, passed, read
+from test_stream import SIZES, decode, passed, read
 shards = [f"{sys.argv[1]}/{i}.txt" for i in range(len(SIZES))]
 state = torch.load(sys.argv[1] + "/state.pt", weights_only=True)
 stream = StreamEpisodes(shards, len(SIZES), seed=3)
@@ -288,6 +289,7 @@ passing.load_state_dict(state["pass"])
 print(json.dumps(passed(passing)))
 """,
         tmp_path,
+        folders=[Path(__file__).parent],
     )
     rest = passed(batches)
     assert len(rest) > 3
