@@ -2,7 +2,7 @@
 
 from . import functional
 from ._version import __version__
-from .clustering import ClusteringReport, Clusters
+from .clustering import ClusteringReport, KMeans, KMeansResult
 from .episodes import Episode, EpisodeSampler, FeatureBank, FeatureCollector, StreamEpisode, StreamEpisodes, StreamPass
 from .heads import ProjectionHead
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
@@ -11,7 +11,6 @@ from .teachers import TeacherAdapter
 
 __all__ = [
     "ClusteringReport",
-    "Clusters",
     "Episode",
     "EpisodeReport",
     "EpisodeSampler",
@@ -19,6 +18,8 @@ __all__ = [
     "FeatureBank",
     "FeatureCollector",
     "InfoNCE",
+    "KMeans",
+    "KMeansResult",
     "OnlinePrototypes",
     "ProjectionHead",
     "ProtoLoss",

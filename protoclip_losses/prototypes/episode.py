@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .report import EpisodeReport
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Prototypes(Terms):
 
     A teacher that is also a student of some term is internal; any other is external.
 
+    Attributes:
+        report: how the :meth:`EpisodicClusterer.build` that made them went; None for prototypes made otherwise, or loaded.
+
     Example:
         >>> import torch
         >>> term = PrototypeTerm(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), torch.tensor([True, True]))
@@ -81,6 +85,7 @@ class Prototypes(Terms):
         check.integers("index", index)
         self.index = index
         self.terms = dict(terms)
+        self.report: EpisodeReport | None = None
         for (student, teacher), term in self.terms.items():
             check.integers(f"labels of ({student}, {teacher})", term.labels, length=len(index), of=" as index")
         self._sorted, self._order = index.sort()

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import sum_dtype
 from ..clustering.assign import assign
-from ..clustering.points import finite_rows, means_and_counts, sums_by_label
+from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, rank, sum_over_ranks, world_size
 from .build import EpisodicClusterer
 from .episode import PrototypeTerm, Terms
@@ -191,11 +191,11 @@ class OnlinePrototypes(Terms):
             self._sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=sum_dtype(x.device))
         self._sums[key] = self._sums[key].to(x.device)  # a state that was loaded may lie elsewhere
         met, place = torch.unique(labels[labels >= 0], return_inverse=True)
-        self._sums[key][met] += sums_by_label(place, x[labels >= 0], len(met))  # of the clusters met alone
+        self._sums[key][met] += segment_sums_and_counts(place, x[labels >= 0], len(met))  # of the clusters met alone
 
     def _renew(self, centroids: Mapping[str, Tensor], group: Group | None) -> None:
         """Centroids and prototypes from the sums of all ranks; a centroid that nothing is near stays where it was."""
-        means = {key: means_and_counts(sum_over_ranks(x, group)) for key, x in self._sums.items()}
+        means = {key: segment_means_and_counts(sum_over_ranks(x, group)) for key, x in self._sums.items()}
         for teacher, old in centroids.items():
             own, counts = means[teacher, teacher]
             new = own.float().where(counts[:, None] > 0, old)
