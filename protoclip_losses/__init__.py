@@ -2,7 +2,7 @@
 
 from . import functional
 from ._version import __version__
-from .clustering import ClusteringReport, Clusters
+from .clustering import ClusteringReport, KMeans, KMeansResult
 from .episodes import (
     Episode,
     EpisodeOrder,
@@ -32,7 +32,6 @@ from .teachers import TeacherAdapter
 __all__ = [
     "Clustering",
     "ClusteringReport",
-    "Clusters",
     "Episode",
     "EpisodeOrder",
     "EpisodeReport",
@@ -41,6 +40,8 @@ __all__ = [
     "FeatureBank",
     "FeatureCollector",
     "InfoNCE",
+    "KMeans",
+    "KMeansResult",
     "OnlinePrototypes",
     "ProjectionHead",
     "ProjectionHeads",

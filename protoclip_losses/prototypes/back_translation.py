@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
+from ..distributed import Group, sum_over_ranks
 from ..functional.back_translation import back_translate, segment_mean, segment_sum
 
 
@@ -79,3 +81,16 @@ class PrototypicalBackTranslation(nn.Module):
         check.integers("state_dict counts", counts, length=self.num_prototypes, of=" as num_prototypes")
         self._sums, self._counts, self._dtype = state["sums"], counts, getattr(torch, state["dtype"])
         self.counts = counts
+
+
+def back_translate_over_ranks(
+    labels: Tensor, features: Tensor, num_prototypes: int, group: Group | None
+) -> tuple[Tensor, Tensor]:
+    """Prototypes (K, D) and counts (K,) from the labels (n,) and features (n, D) of all ranks; sums are in float64.
+
+    Rows that are not finite are left out, as are those with label -1.
+    """
+    labels = labels.where(finite_rows(features), -1)
+    sums = sum_over_ranks(segment_sums_and_counts(labels, features, num_prototypes), group)
+    prototypes, counts = segment_means_and_counts(sums)
+    return prototypes.to(torch.promote_types(features.dtype, torch.float32)), counts

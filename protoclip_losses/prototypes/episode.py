@@ -1,16 +1,14 @@
 """The prototypes of an episode, with labels by sample index."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .report import EpisodeReport
 from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
-
-if TYPE_CHECKING:
-    from .report import EpisodeReport
 
 
 class Prototypes(PrototypeSource, kind="episode"):
@@ -38,7 +36,7 @@ class Prototypes(PrototypeSource, kind="episode"):
         tensor([1, 0, 0])
     """
 
-    def __init__(self, index: Tensor, terms: Mapping[Pair, PrototypeTerm], report: "EpisodeReport | None" = None) -> None:
+    def __init__(self, index: Tensor, terms: Mapping[Pair, PrototypeTerm], report: EpisodeReport | None = None) -> None:
         check.integers("index", index)
         if index.numel() == 0:
             raise ValueError("index must hold at least one sample, got none")

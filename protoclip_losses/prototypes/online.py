@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import sum_dtype
 from ..clustering.assign import assign
-from ..clustering.points import finite_rows, means_and_counts, sums_by_label
+from ..clustering.kmeans import KMeans
+from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, RankRows, sum_over_ranks
-from .build import EpisodicClusterer as KMeans
 from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
 
 
@@ -211,11 +211,11 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
             self.sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=sum_dtype(x.device))
         self.sums[key] = self.sums[key].to(x.device)  # a loaded state may be on another device
         present, inverse = torch.unique(labels[labels >= 0], return_inverse=True)
-        self.sums[key][present] += sums_by_label(inverse, x[labels >= 0], len(present))  # only clusters that occur
+        self.sums[key][present] += segment_sums_and_counts(inverse, x[labels >= 0], len(present))  # only clusters that occur
 
     def _renew(self, centroids: Mapping[str, Tensor], group: Group | None) -> None:
         """Centroids and prototypes from the sums of all ranks; a centroid without members stays where it was."""
-        means = {key: means_and_counts(sum_over_ranks(x, group)) for key, x in self.sums.items()}
+        means = {key: segment_means_and_counts(sum_over_ranks(x, group)) for key, x in self.sums.items()}
         for teacher, old in centroids.items():
             own, counts = means[teacher, teacher]
             clustering = Clustering(own.float().where(counts[:, None] > 0, old))

@@ -11,7 +11,7 @@ from rank_cases import rank_case
 from ranks import LOCAL, assert_same_on_every_rank, own_rows, raises_everywhere
 from text_encoder import CAPTIONS, TextEncoder
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, TeacherAdapter
+from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, TeacherAdapter
 from protoclip_losses.clustering import faiss_engine
 
 SAMPLES, K = 60, 6
@@ -27,16 +27,18 @@ def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
         x[3] = torch.nan  # on one rank alone
         own = x[own_rows(rank, shares)]
         settings = {"backend": backend, "max_dropped": 0.1, "tol": 0}
-        clusters, whole = (EpisodicClusterer(K, **settings, **group).fit(rows) for rows, group in ((own, {}), (x, LOCAL)))
+        clusters, whole = (KMeans(K, **settings, **group).fit(rows) for rows, group in ((own, {}), (x, LOCAL)))
         assert torch.allclose(clusters.centroids, whole.centroids, atol=1e-5)
         assert torch.equal(clusters.labels, whole.labels[own_rows(rank, shares)])
         assert torch.equal(clusters.counts, whole.counts)
         assert clusters.objective == pytest.approx(whole.objective)
         assert clusters.report.objectives == pytest.approx(whole.report.objectives)
         assert clusters.dropped == 1
+        assert torch.equal(clusters.predict(own), clusters.labels)
         assert_same_on_every_rank(clusters.centroids, clusters.counts, torch.tensor(clusters.objective, dtype=torch.float64))
         again = EpisodicClusterer(K, **settings).fit(own)
         assert torch.equal(again.centroids, clusters.centroids)
+        assert torch.equal(again.labels, clusters.labels)
 
 
 @rank_case
@@ -45,7 +47,7 @@ def a_start_and_empty_clusters_are_the_same_for_all(rank, world_size, folder):
     x = unit(40 * world_size, 4, 6, torch.float32)
     init = x[[0, 0, 0, 0, 1, 2]]
     clusters, whole = (
-        EpisodicClusterer(K, backend="torch", tol=0, **group).fit(rows, init=init)
+        KMeans(K, backend="torch", tol=0, **group).fit(rows, init=init)
         for rows, group in ((x[40 * rank : 40 * rank + 40], {}), (x, LOCAL))
     )
     assert clusters.report.reseeded == whole.report.reseeded >= 3
@@ -87,7 +89,7 @@ def rows_stay_on_their_rank(rank, world_size, folder):
     for name in reals:
         setattr(dist, name, counting(name))
     try:
-        EpisodicClusterer(K, backend="torch").fit(unit(3000, 4, rank, torch.float32))
+        KMeans(K, backend="torch").fit(unit(3000, 4, rank, torch.float32))
     finally:
         for name, real in reals.items():
             setattr(dist, name, real)
@@ -183,8 +185,9 @@ def too_many_bad_rows_on_one_rank_raise_on_all(rank, world_size, folder):
     x = unit(10, 4, rank, torch.float32)
     if rank == world_size - 1:
         x[:4] = torch.nan
-    with pytest.raises(ValueError, match=f"NaN or Inf in 4 of {10 * world_size} rows"):
-        EpisodicClusterer(3).fit(x)
+    for estimator in (EpisodicClusterer, KMeans):
+        with pytest.raises(ValueError, match=f"must hold NaN or Inf in .* of its rows, got 4 of {10 * world_size}"):
+            estimator(3).fit(x)
     assert EpisodicClusterer(3, max_dropped=0.4).fit(x).dropped == 4
     with pytest.raises(ValueError, match=f"as num_prototypes=100, got {10 * world_size - 4};"):
         EpisodicClusterer(100, max_dropped=0.4).fit(x)

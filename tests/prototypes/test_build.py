@@ -176,7 +176,7 @@ def test_rows_that_are_not_finite_leave_their_own_modality_only():
     assert_terms_follow(prototypes, {"image": image, "text": text}, {"image": image, "text": text, "t": teacher})
     assert (prototypes.terms["text", "image"].labels == -1).nonzero().flatten().tolist() == [4, 90]
     assert (prototypes.terms["image", "t"].labels == -1).nonzero().flatten().tolist() == [11]
-    with pytest.raises(ValueError, match="NaN or Inf in 2 of 120 rows"):
+    with pytest.raises(ValueError, match=r"NaN or Inf in at most max_dropped=0.01 of its rows, got 2 of 120"):
         EpisodicClusterer(K).build(bank)
 
 

@@ -8,7 +8,7 @@ import torch
 from cases import integers, unit
 from helpers import in_new_process, seeded
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, TeacherAdapter
+from protoclip_losses import EpisodicClusterer, FeatureBank, Prototypes, TeacherAdapter
 from protoclip_losses.clustering.agreement import adjusted_agreement
 
 K, WIDTH = 7, 5
@@ -67,9 +67,9 @@ def test_imbalance_is_one_for_equal_clusters_and_k_for_a_single_one():
 
 def test_a_build_reports_every_clustering_and_how_they_agree():
     clusterer = EpisodicClusterer(K)
-    assert clusterer.report is None
     prototypes = clusterer.build(bank_of(episode(), IMAGE, TEXT), {"t": TeacherAdapter.from_tensor(TEACHER)})
-    report = clusterer.report
+    report = prototypes.report
+    assert clusterer.previous is prototypes
     assert report.clusterings.keys() == {"image", "text", "t"}
     assert {frozenset(pair) for pair in report.agreement} == {
         frozenset(p) for p in (("image", "text"), ("image", "t"), ("text", "t"))
@@ -86,9 +86,9 @@ def test_a_build_reports_every_clustering_and_how_they_agree():
 def test_the_same_episode_again_has_neither_drift_nor_changed_labels():
     clusterer = EpisodicClusterer(K)
     for _ in range(2):
-        clusterer.build(bank_of(episode(), IMAGE, TEXT))
-    assert clusterer.report.drift == pytest.approx({"image": 0, "text": 0}, abs=1e-6)
-    assert clusterer.report.changed == {"image": 0, "text": 0}
+        report = clusterer.build(bank_of(episode(), IMAGE, TEXT)).report
+    assert report.drift == pytest.approx({"image": 0, "text": 0}, abs=1e-6)
+    assert report.changed == {"image": 0, "text": 0}
 
 
 def test_drift_and_changed_labels_are_those_of_samples_in_both_episodes():
@@ -98,11 +98,11 @@ def test_drift_and_changed_labels_are_those_of_samples_in_both_episodes():
     now = clusterer.build(bank_of(episode(1), moved, TEXT))
     old, new = before.terms["text", "image"], now.terms["text", "image"]
     distances = torch.cdist(new.teacher_centroids.double(), old.teacher_centroids.double())
-    assert clusterer.report.drift["image"] == pytest.approx(float(distances.amin(1).mean()), rel=1e-5)
+    assert now.report.drift["image"] == pytest.approx(float(distances.amin(1).mean()), rel=1e-5)
     nearest, place = distances.argmin(1), {int(i): p for p, i in enumerate(before.index)}
     rows = [(int(nearest[new.labels[p]]), int(old.labels[place[int(i)]])) for p, i in enumerate(now.index) if int(i) in place]
     changed = sum(a != b for a, b in rows) / len(rows)
-    assert clusterer.report.changed["image"] == pytest.approx(changed)
+    assert now.report.changed["image"] == pytest.approx(changed)
     assert 0 < changed < 1
 
 
@@ -110,9 +110,9 @@ def test_episodes_without_a_common_sample_have_drift_alone():
     clusterer = EpisodicClusterer(K)
     order = torch.randperm(200, generator=seeded(0))
     for index in order.split(100):
-        clusterer.build(bank_of(index, IMAGE, TEXT))
-    assert clusterer.report.drift.keys() == {"image", "text"}
-    assert clusterer.report.changed == {}
+        report = clusterer.build(bank_of(index, IMAGE, TEXT)).report
+    assert report.drift.keys() == {"image", "text"}
+    assert report.changed == {}
 
 
 def test_a_warm_start_keeps_the_numbers_of_prototypes():
@@ -129,11 +129,38 @@ def test_a_warm_start_keeps_the_numbers_of_prototypes():
     assert same[False] < 0.5
 
 
+def test_the_report_is_still_found_at_the_clusterer_with_a_warning():
+    clusterer = EpisodicClusterer(K)
+    with pytest.warns(FutureWarning, match=r"EpisodicClusterer.report is deprecated .*: use Prototypes.report"):
+        assert clusterer.report is None
+    prototypes = clusterer.build(bank_of(episode(), IMAGE, TEXT))
+    assert prototypes.report is not None
+    with pytest.warns(FutureWarning, match=r"EpisodicClusterer.report is deprecated") as warned:
+        assert clusterer.report is prototypes.report
+    assert warned[0].filename == __file__
+    assert Prototypes.from_state_dict(prototypes.state_dict()).report is None
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"format": 2, "previous": None}, "state_dict of EpisodicClusterer must have format 1 or earlier, got 2"),
+        ({"format": 1, "cursor": 0}, "state_dict must be that of EpisodicClusterer, got one without 'previous'"),
+    ],
+)
+def test_a_state_of_something_else_is_an_error_and_changes_nothing(state, message):
+    clusterer = EpisodicClusterer(K)
+    prototypes = clusterer.build(bank_of(episode(), IMAGE, TEXT))
+    with pytest.raises(ValueError, match=message):
+        clusterer.load_state_dict(state)
+    assert clusterer.previous is prototypes
+
+
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_saved_clusterer_goes_on_in_a_new_process(tmp_path, warm):
+def test_a_saved_clusterer_is_resumed_in_a_new_process(tmp_path, warm):
     settings = {"warm_start": warm}
     clusterer = EpisodicClusterer(K, **settings)
-    assert clusterer.state_dict() == {"previous": None}
+    assert clusterer.state_dict() == {"format": 1, "previous": None}
     clusterer.build(bank_of(episode(0), IMAGE, TEXT))
     torch.save({"clusterer": clusterer.state_dict(), "index": episode(1)}, tmp_path / "state.pt")
     here = clusterer.build(bank_of(episode(1), IMAGE, TEXT))
@@ -148,7 +175,7 @@ clusterer.load_state_dict({{"previous": None}})
 assert clusterer.previous is None
 clusterer.load_state_dict(state["clusterer"])
 prototypes = clusterer.build(bank_of(state["index"], IMAGE, TEXT))
-torch.save([prototypes.state_dict(), clusterer.report.drift, clusterer.report.changed], sys.argv[1] + "/out.pt")
+torch.save([prototypes.state_dict(), prototypes.report.drift, prototypes.report.changed], sys.argv[1] + "/out.pt")
 """,
         tmp_path,
         folders=[Path(__file__).parent],
@@ -156,7 +183,7 @@ torch.save([prototypes.state_dict(), clusterer.report.drift, clusterer.report.ch
     there, drift, changed = torch.load(tmp_path / "out.pt", weights_only=True)
     for mine, other in zip(here.state_dict()["terms"], there["terms"], strict=True):
         assert all(torch.equal(x, other[name]) for name, x in mine.items() if isinstance(x, torch.Tensor))
-    assert (drift, changed) == (clusterer.report.drift, clusterer.report.changed)
+    assert (drift, changed) == (here.report.drift, here.report.changed)
 
 
 @pytest.mark.parametrize(
