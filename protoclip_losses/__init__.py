@@ -1,6 +1,6 @@
 """The prototype-level objective of ProtoCLIP (https://arxiv.org/abs/2206.10996) for any CLIP training loop."""
 
-from . import functional
+from . import _deprecated, functional
 from ._version import __version__
 from .clustering import ClusteringReport, Clusters
 from .episodes import Episode, EpisodeSampler, FeatureBank, FeatureCollector, StreamEpisode, StreamEpisodes, StreamPass
@@ -33,3 +33,5 @@ __all__ = [
     "__version__",
     "functional",
 ]
+
+_deprecated.install()
