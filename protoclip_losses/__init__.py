@@ -3,16 +3,38 @@
 from . import _deprecated, functional
 from ._version import __version__
 from .clustering import ClusteringReport, Clusters
-from .episodes import Episode, EpisodeSampler, FeatureBank, FeatureCollector, StreamEpisode, StreamEpisodes, StreamPass
-from .heads import ProjectionHead
+from .episodes import (
+    Episode,
+    EpisodeOrder,
+    EpisodeSampler,
+    FeatureBank,
+    FeatureCollector,
+    StreamEpisode,
+    StreamEpisodes,
+    StreamPass,
+    WithIndex,
+    extract,
+)
+from .heads import ProjectionHead, ProjectionHeads
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
-from .prototypes import EpisodeReport, EpisodicClusterer, OnlinePrototypes, Prototypes, PrototypeTerm, PrototypicalBackTranslation
+from .prototypes import (
+    Clustering,
+    EpisodeReport,
+    EpisodicClusterer,
+    OnlinePrototypes,
+    Prototypes,
+    PrototypeSource,
+    PrototypeTerm,
+    PrototypicalBackTranslation,
+)
 from .teachers import TeacherAdapter
 
 __all__ = [
+    "Clustering",
     "ClusteringReport",
     "Clusters",
     "Episode",
+    "EpisodeOrder",
     "EpisodeReport",
     "EpisodeSampler",
     "EpisodicClusterer",
@@ -21,8 +43,10 @@ __all__ = [
     "InfoNCE",
     "OnlinePrototypes",
     "ProjectionHead",
+    "ProjectionHeads",
     "ProtoLoss",
     "PrototypeLoss",
+    "PrototypeSource",
     "PrototypeTerm",
     "Prototypes",
     "PrototypicalBackTranslation",
@@ -30,7 +54,9 @@ __all__ = [
     "StreamEpisodes",
     "StreamPass",
     "TeacherAdapter",
+    "WithIndex",
     "__version__",
+    "extract",
     "functional",
 ]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import dense
 import torch
 
-from protoclip_losses import Prototypes, PrototypeTerm
+from protoclip_losses import Clustering, Prototypes, PrototypeTerm
 
 # Relative to the norm of a float64 evaluation of the same inputs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -88,6 +88,11 @@ def term(batch=13, prototypes=7, width=5, teacher_width=4, scale=10.0, empty=(),
     )
 
 
+def make_term(prototypes, teacher_centroids, labels, valid):
+    """A (student, teacher) term by its four tensors."""
+    return PrototypeTerm(prototypes, valid, Clustering(teacher_centroids, labels))
+
+
 def episode(modalities=("image", "text"), teachers=(), samples=40, prototypes=6, width=5, teacher_width=9, empty=(), seed=0):
     """An episode's prototypes, by hand: random clusterings, centroids that are the means of their members."""
     valid = torch.ones(prototypes, dtype=torch.bool)
@@ -101,6 +106,6 @@ def episode(modalities=("image", "text"), teachers=(), samples=40, prototypes=6,
         for student in modalities:
             if student != teacher:
                 own, _ = dense.back_translate(labels, features[student], prototypes)
-                terms[student, teacher] = PrototypeTerm(own, centroids, labels, counts > 0)
+                terms[student, teacher] = make_term(own, centroids, labels, counts > 0)
     index = torch.randperm(1000, generator=torch.Generator().manual_seed(seed + 200))[:samples]
     return Prototypes(index, terms)

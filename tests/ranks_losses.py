@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import assert_near, episode, leaf, unit
+from cases import assert_near, episode, leaf, make_term, unit
 from ranks import LOCAL, SHARES, assert_same_on_every_rank, everyone, own_rows, raises_everywhere
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +21,6 @@ from protoclip_losses import (
     ProjectionHead,
     ProtoLoss,
     Prototypes,
-    PrototypeTerm,
     TeacherAdapter,
 )
 from protoclip_losses.distributed import active_group
@@ -35,7 +34,7 @@ def partly_ignored_episode(world_size):
     return Prototypes(
         whole.index,
         {
-            (student, teacher): PrototypeTerm(
+            (student, teacher): make_term(
                 term.prototypes, term.teacher_centroids, term.labels.masked_fill(rows_without[teacher], -1), term.valid
             )
             for (student, teacher), term in whole.terms.items()
@@ -139,7 +138,7 @@ def the_share_of_every_part_is_exact(rank, world_size, folder):
 
 
 def a_term_in_which_no_sample_counts_is_zero(rank, world_size, folder):
-    term = PrototypeTerm(torch.eye(3), torch.eye(3), torch.full((8,), -1), torch.ones(3, dtype=torch.bool))
+    term = make_term(torch.eye(3), torch.eye(3), torch.full((8,), -1), torch.ones(3, dtype=torch.bool))
     loss = ProtoLoss(w_clip=0)
     loss.set_prototypes(Prototypes(torch.arange(8), {("image", "t"): term}))
     h = leaf(unit(2, 3))

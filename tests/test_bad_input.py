@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import episode, term, unit
+from cases import episode, make_term, term, unit
 
-from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss, PrototypeTerm, PrototypicalBackTranslation, functional
+from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss, PrototypicalBackTranslation, functional
 
 T = term(batch=6, prototypes=4, width=5, teacher_width=3)
 H, P, C, A, VALID = T.h, T.P, T.C, torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([True, True, True, False])
@@ -56,7 +56,7 @@ def loaded(state_of, into):
 
 def with_term(**changes):
     good = {"prototypes": P, "teacher_centroids": C, "labels": A, "valid": VALID}
-    return PrototypeTerm(**{**good, **changes})
+    return make_term(**{**good, **changes})
 
 
 # (call, exception, what the message must say, in order)
@@ -392,7 +392,13 @@ TABLE = {
         "4",
         "position 1",
     ),
-    "term of fewer centroids": (lambda: with_term(teacher_centroids=C[:3]), ValueError, "teacher_centroids", "4 rows", "(3, 3)"),
+    "term of fewer centroids": (
+        lambda: with_term(teacher_centroids=C[:3], labels=A.clamp(max=2)),
+        ValueError,
+        "teacher_centroids",
+        "4 rows",
+        "(3, 3)",
+    ),
     "term without a valid prototype": (
         lambda: with_term(valid=torch.zeros(4).bool()),
         ValueError,

@@ -5,10 +5,10 @@ from dataclasses import FrozenInstanceError
 import dense
 import pytest
 import torch
-from cases import assert_near, leaf, unit
+from cases import assert_near, leaf, make_term, unit
 from helpers import blobs, in_new_process, seeded
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss, Prototypes, PrototypeTerm, TeacherAdapter
+from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss, Prototypes, TeacherAdapter
 
 SAMPLES, K, WIDTH = 120, 7, 5
 
@@ -282,7 +282,7 @@ torch.save({"parts": parts, "again": prototypes.state_dict()}, sys.argv[1] + "/o
 
 
 def test_positions_find_samples_in_any_order_and_number():
-    term = PrototypeTerm(torch.eye(2), torch.eye(2), torch.tensor([0, 1, 1]), torch.tensor([True, True]))
+    term = make_term(torch.eye(2), torch.eye(2), torch.tensor([0, 1, 1]), torch.tensor([True, True]))
     prototypes = Prototypes(torch.tensor([30, 10, 20]), {("image", "text"): term})
     assert prototypes.positions(torch.tensor([20, 30, 30, 10, 20])).tolist() == [2, 0, 0, 1, 2]
     assert prototypes.positions(torch.tensor([], dtype=torch.int64)).tolist() == []
@@ -290,14 +290,14 @@ def test_positions_find_samples_in_any_order_and_number():
 
 @pytest.mark.parametrize(("sample", "count"), [(9, 1), (31, 1), (15, 2), (-1, 2)])
 def test_a_sample_that_is_not_in_the_episode_is_an_index_error(sample, count):
-    term = PrototypeTerm(torch.eye(2), torch.eye(2), torch.tensor([0, 1, 1]), torch.tensor([True, True]))
+    term = make_term(torch.eye(2), torch.eye(2), torch.tensor([0, 1, 1]), torch.tensor([True, True]))
     prototypes = Prototypes(torch.tensor([30, 10, 20]), {("image", "text"): term})
     with pytest.raises(IndexError, match=rf"{count} of {count + 1} are not in it \(sample {sample}, for one\)"):
         prototypes.positions(torch.tensor([10] + [sample] * count))
 
 
 def test_positions_without_value_checks_assert_on_the_device():
-    term = PrototypeTerm(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), torch.tensor([True, True]))
+    term = make_term(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), torch.tensor([True, True]))
     prototypes = Prototypes(torch.tensor([30, 10]), {("image", "text"): term})
     assert prototypes.positions(torch.tensor([10]), check_values=False).tolist() == [1]
     with pytest.raises(RuntimeError):
@@ -326,7 +326,11 @@ NAN_IN_ROW = torch.eye(3).index_fill(0, torch.tensor([1]), torch.nan)
     [
         ({"prototypes": [1.0]}, TypeError, "prototypes must be a torch.Tensor"),
         ({"prototypes": torch.ones(3)}, ValueError, "prototypes must have 2 dimensions"),
-        ({"teacher_centroids": torch.ones(2, 2)}, ValueError, "teacher_centroids must have 3 rows as prototypes"),
+        (
+            {"teacher_centroids": torch.ones(2, 2), "labels": torch.tensor([0, 1])},
+            ValueError,
+            "teacher_centroids must have 3 rows as prototypes",
+        ),
         ({"labels": torch.zeros(4)}, TypeError, "labels must be int64"),
         ({"labels": torch.tensor([0, 3])}, ValueError, r"labels must lie in \[0, 3\) or be -1, got 3 at position 1"),
         ({"labels": torch.tensor([-2, 0])}, ValueError, r"labels must lie in \[0, 3\) or be -1, got -2 at position 0"),
@@ -339,22 +343,22 @@ NAN_IN_ROW = torch.eye(3).index_fill(0, torch.tensor([1]), torch.nan)
 )
 def test_a_bad_term_is_named(change, error, message):
     with pytest.raises(error, match=message):
-        PrototypeTerm(**{**GOOD, **change})
+        make_term(**{**GOOD, **change})
 
 
 def test_one_prototype_is_enough():
-    term = PrototypeTerm(torch.ones(1, 2), torch.ones(1, 3), torch.tensor([-1, 0]), torch.tensor([True]))
+    term = make_term(torch.ones(1, 2), torch.ones(1, 3), torch.tensor([-1, 0]), torch.tensor([True]))
     assert term.labels.tolist() == [-1, 0]
 
 
 def test_a_term_is_a_constant():
     with pytest.raises(FrozenInstanceError):
-        PrototypeTerm(**GOOD).labels = torch.zeros(4)
+        make_term(**GOOD).labels = torch.zeros(4)
 
 
 def test_the_row_of_an_invalid_prototype_may_hold_anything():
     hole = torch.tensor([True, False, True])
-    assert not PrototypeTerm(NAN_IN_ROW, NAN_IN_ROW, GOOD["labels"], hole).valid[1]
+    assert not make_term(NAN_IN_ROW, NAN_IN_ROW, GOOD["labels"], hole).valid[1]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +371,7 @@ def test_the_row_of_an_invalid_prototype_may_hold_anything():
 )
 def test_bad_prototypes_are_named(index, error, message):
     with pytest.raises(error, match=message):
-        Prototypes(index, {("image", "text"): PrototypeTerm(**GOOD)})
+        Prototypes(index, {("image", "text"): make_term(**GOOD)})
 
 
 def test_prototypes_of_no_sample_are_an_error():
@@ -376,7 +380,7 @@ def test_prototypes_of_no_sample_are_an_error():
 
 
 def test_loading_replaces_everything():
-    prototypes = Prototypes(torch.arange(4), {("image", "text"): PrototypeTerm(**GOOD)})
+    prototypes = Prototypes(torch.arange(4), {("image", "text"): make_term(**GOOD)})
     other = built()
     prototypes.load_state_dict(other.state_dict())
     assert prototypes.terms.keys() == other.terms.keys()

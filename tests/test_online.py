@@ -8,7 +8,9 @@ from helpers import in_new_process
 
 from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss
 from protoclip_losses.clustering.assign import assign
+from protoclip_losses.distributed import RankRows
 from protoclip_losses.functional import prototype_cross_entropy, soft_targets
+from protoclip_losses.prototypes import BatchFeatures
 
 K, QUEUE, EVERY, WARMUP, BATCH = 5, 40, 4, 3, 8
 NAN = float("nan")
@@ -28,9 +30,16 @@ def batch(step, rows=BATCH):
     return features
 
 
+def features(x):
+    return BatchFeatures({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
+
+
+def observe(prototypes, x):
+    prototypes.observe(features(x), {}, RankRows(None, [len(x["image"])]))
+
+
 def take(prototypes, step, rows=BATCH):
-    x = batch(step, rows)
-    prototypes.update({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
+    observe(prototypes, batch(step, rows))
 
 
 class Twin:
@@ -97,7 +106,7 @@ def test_a_centroid_that_nothing_is_near_stays_and_is_not_valid():
     old = {key: term.teacher_centroids.clone() for key, term in prototypes.terms.items()}
     x = {name: v[:1].expand(QUEUE, -1) for name, v in batch(0).items()}
     for _ in range(EVERY):
-        prototypes.update({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
+        observe(prototypes, x)
     for key, term in prototypes.terms.items():
         assert term.valid.sum() == 1
         assert torch.equal(term.teacher_centroids[~term.valid], old[key][~term.valid])
@@ -109,9 +118,9 @@ def test_rows_that_are_not_finite_are_in_no_cluster():
     for step in range(WARMUP + EVERY):
         x = batch(step)
         x["minilm"][::2] = NAN
-        prototypes.update({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
-    assert prototypes.labels("minilm", x["minilm"])[::2].tolist() == [-1] * (BATCH // 2)
-    assert (prototypes.labels("minilm", x["minilm"])[1::2] >= 0).all()
+        observe(prototypes, x)
+    assert prototypes.labels(features(x), None)["minilm"][::2].tolist() == [-1] * (BATCH // 2)
+    assert (prototypes.labels(features(x), None)["minilm"][1::2] >= 0).all()
     assert all(torch.isfinite(term.prototypes).all() for term in prototypes.terms.values())
 
 
@@ -120,7 +129,7 @@ def test_a_batch_larger_than_the_queue_leaves_its_last_rows():
     take(prototypes, 0, rows=100)
     same = online(warmup=1)
     x = {name: v[-QUEUE:] for name, v in batch(0, rows=100).items()}
-    same.update({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
+    observe(same, x)
     for key, term in prototypes.terms.items():
         assert_near(term.prototypes.sum(0), same.terms[key].prototypes.sum(0), 1e-5)
 
@@ -180,7 +189,8 @@ def test_a_batch_counts_under_the_labels_that_it_is_given():
     prototypes = online(queue_size=BATCH * EVERY)
     for step in range(WARMUP + EVERY):
         x = batch(step)
-        prototypes.update({"image": x["image"]}, {"minilm": x["minilm"]}, labels={"minilm": torch.full((BATCH,), 3)})
+        given = BatchFeatures({"image": x["image"]}, {"minilm": x["minilm"]})
+        prototypes.observe(given, {"minilm": torch.full((BATCH,), 3)}, RankRows(None, [BATCH]))
     assert prototypes.terms["image", "minilm"].valid.nonzero().tolist() == [[3]]
 
 
@@ -296,10 +306,35 @@ def test_targets_are_saved_as_they_were_built(same):
     other.load_state_dict(state)
     for term, t in zip(other._terms, targets, strict=True):
         if t["rows"]:
-            assert torch.equal(term._offsets.values, t["rows"]["values"]) == same
-            assert term._offsets.num_missing == int(t["rows"]["missing"].sum() if same else K)
+            assert torch.equal(term.targets.values, t["rows"]["values"]) == same
+            assert term.targets.num_missing == int(t["rows"]["missing"].sum() if same else K)
 
 
 def test_the_state_of_other_settings_is_an_error():
-    with pytest.raises(ValueError, match="state_dict has every=4 but these prototypes have every=7"):
+    with pytest.raises(ValueError, match="state_dict has every=4 but this OnlinePrototypes has every=7"):
         online(every=7).load_state_dict(online().state_dict())
+
+
+def test_0_6_calls_warn_and_work():
+    old, new = online(), online()
+    for step in range(WARMUP):
+        x = batch(step)
+        with pytest.warns(FutureWarning, match="OnlinePrototypes.observe"):
+            old.update({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
+        take(new, step)
+    with pytest.warns(FutureWarning, match="OnlinePrototypes.labels"):
+        labels = old.labels("minilm", x["minilm"])
+    assert torch.equal(labels, new.labels(features(x), None)["minilm"])
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    prototypes, other = online(), online()
+    for step in range(WARMUP + 1):
+        take(other, step)
+    state = other.state_dict()
+    state["terms"] = {key: {**term, "valid": term["valid"][:2]} for key, term in state["terms"].items()}
+    before = repr(prototypes)
+    with pytest.raises(ValueError, match="valid must have shape"):
+        prototypes.load_state_dict(state)
+    assert repr(prototypes) == before
+    assert not prototypes.queue

@@ -5,7 +5,7 @@ import copy
 import dense
 import pytest
 import torch
-from cases import TOLERANCE, assert_near, episode, leaf, unit, value_and_gradients
+from cases import TOLERANCE, assert_near, episode, leaf, make_term, unit, value_and_gradients
 from helpers import in_new_process
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, InfoNCE, ProtoLoss, Prototypes, PrototypeTerm, TeacherAdapter
@@ -82,7 +82,7 @@ def assert_equals_twin(prototypes, loss, twin_settings, names=("image", "text"))
         {"w_clip": 2, "w_proto": 0, "w_external": 1},
         {"w_clip": 0},
         {"w_external": {"roberta": 0.4, "dino": 1.7}},
-        {"w_external": {"roberta": 0.0, "dino": 1.7, "absent": 3.0}},
+        {"w_external": {"roberta": 0.0, "dino": 1.7}},
     ],
     ids=str,
 )
@@ -121,9 +121,7 @@ def test_without_back_translation_a_teacher_of_another_width_is_named():
 def test_normalize_prototypes(temperature, empty):
     prototypes = episode(teachers=("roberta",), empty=empty)
     norm = lambda x: x / x.norm(dim=1, keepdim=True).where(x.norm(dim=1, keepdim=True) > 0, 1)  # noqa: E731
-    terms = {
-        k: PrototypeTerm(norm(t.prototypes), norm(t.teacher_centroids), t.labels, t.valid) for k, t in prototypes.terms.items()
-    }
+    terms = {k: make_term(norm(t.prototypes), norm(t.teacher_centroids), t.labels, t.valid) for k, t in prototypes.terms.items()}
     normalised = Prototypes(prototypes.index, terms)
     loss = built(prototypes, normalize_prototypes=True, target_temperature=temperature)
     assert_equals_twin(normalised, loss, {"temperature": temperature})
@@ -237,7 +235,7 @@ def test_labels_are_keyed_by_sample_index_in_any_order():
     order = torch.randperm(len(prototypes.index), generator=torch.Generator().manual_seed(3))
     shuffled = Prototypes(
         prototypes.index[order],
-        {k: PrototypeTerm(t.prototypes, t.teacher_centroids, t.labels[order], t.valid) for k, t in prototypes.terms.items()},
+        {k: make_term(t.prototypes, t.teacher_centroids, t.labels[order], t.valid) for k, t in prototypes.terms.items()},
     )
     z, h, index = batch(prototypes)
     want = call(built(prototypes), z, h, 10.0, 7.0, index)
@@ -278,10 +276,9 @@ def test_a_cluster_that_only_the_teacher_has_is_ignored_for_that_student():
     # The student's own features of cluster 2 were all dropped: nothing to aim at, so its samples are left out of the mean.
     whole = episode()
     valid = torch.arange(6) != 2
-    given = {k: PrototypeTerm(t.prototypes, t.teacher_centroids, t.labels, valid) for k, t in whole.terms.items()}
+    given = {k: make_term(t.prototypes, t.teacher_centroids, t.labels, valid) for k, t in whole.terms.items()}
     left_out = {
-        k: PrototypeTerm(t.prototypes, t.teacher_centroids, t.labels.where(t.labels != 2, -1), valid)
-        for k, t in whole.terms.items()
+        k: make_term(t.prototypes, t.teacher_centroids, t.labels.where(t.labels != 2, -1), valid) for k, t in whole.terms.items()
     }
     assert any((t.labels == 2).any() for t in whole.terms.values())
     assert_equals_twin(Prototypes(whole.index, left_out), built(Prototypes(whole.index, given)), {})
@@ -293,6 +290,68 @@ def test_a_cluster_that_only_the_teacher_has_is_ignored_for_that_student():
 def test_w_external_without_a_weight_for_a_teacher_names_it():
     with pytest.raises(ValueError, match=r"w_external.*'dino'.*'roberta'"):
         built(episode(teachers=("roberta", "dino")), w_external={"roberta": 1.0})
+
+
+@pytest.mark.parametrize("teachers", [(), ("roberta",)])
+def test_w_external_for_a_teacher_that_there_is_not_names_it(teachers):
+    weights = dict.fromkeys((*teachers, "typo"), 1.0)
+    with pytest.raises(ValueError, match=r"w_external must name external teachers, which are .*, got \['typo'\]"):
+        built(episode(teachers=teachers), w_external=weights)
+
+
+def test_features_of_an_unknown_teacher_are_named():
+    prototypes = episode(teachers=("roberta",))
+    z, h, index = batch(prototypes)
+    with pytest.raises(ValueError, match=r"teacher_features must be of \['roberta'\], got \['typo'\]"):
+        call(built(prototypes), z, h, 10.0, 7.0, index, teacher_features={"typo": unit(11, 9)})
+
+
+@pytest.mark.parametrize("name", ["target_temperature", "external_target_temperature"])
+@pytest.mark.parametrize("value", [-3, -0.01, float("nan")])
+def test_a_negative_temperature_is_an_error(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        ProtoLoss(**{name: value})
+
+
+@pytest.mark.parametrize("value", [True, "nccl", 0])
+def test_a_process_group_that_is_none_is_an_error(value):
+    for module in (ProtoLoss, InfoNCE):
+        with pytest.raises(TypeError, match=r"process_group must be None .*, False .* or a torch.distributed.ProcessGroup"):
+            module(process_group=value)
+
+
+def test_settings_are_shown_checked_and_changed():
+    loss = ProtoLoss(w_proto=0.25)
+    assert "w_proto=0.25" in repr(loss)
+    assert "not set" in repr(loss)
+    assert loss.w_proto == loss.settings.w_proto == 0.25
+    loss.w_proto = 2
+    assert loss.settings.w_proto == 2
+    with pytest.raises(ValueError, match="w_proto must be finite and not negative, got -1"):
+        loss.w_proto = -1
+    with pytest.raises(AttributeError):
+        _ = loss.w_typo
+
+
+def test_terms_of_a_teacher_must_share_its_labels():
+    prototypes = episode(teachers=("roberta",))
+    term = prototypes.terms["text", "roberta"]
+    other = make_term(term.prototypes, term.teacher_centroids, term.labels.roll(1), term.valid)
+    with pytest.raises(ValueError, match=r"labels of teacher 'roberta' must be the same for all its students.*'text'"):
+        Prototypes(prototypes.index, {**prototypes.terms, ("text", "roberta"): other})
+
+
+def test_0_6_form_of_a_term_and_of_teacher_features_warn_and_work():
+    prototypes = episode(teachers=("roberta",))
+    z, h, index = batch(prototypes)
+    terms = {}
+    for key, t in prototypes.terms.items():
+        with pytest.warns(FutureWarning, match="PrototypeTerm"):
+            terms[key] = PrototypeTerm(t.prototypes, t.teacher_centroids, t.labels, valid=t.valid)
+    old = built(Prototypes(prototypes.index, terms))
+    with pytest.warns(FutureWarning, match="teacher_features"):
+        value = call(old, z, h, 10.0, 7.0, index, teacher_features=unit(11, 9))
+    assert torch.equal(value, call(built(prototypes), z, h, 10.0, 7.0, index))
 
 
 def test_parts_sum_to_the_scalar_form():
@@ -337,6 +396,7 @@ def test_every_tensor_passed_in_has_a_gradient_from_every_part(settings, absent,
         assert is_zero == any(x is y for y in zero)
 
 
+@pytest.mark.filterwarnings("ignore:teacher_features as a single tensor:FutureWarning")
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: {"roberta": x}], ids=["tensor", "mapping"])
 def test_teacher_features_get_a_zero_gradient(form):
     prototypes = episode(teachers=("roberta",))
@@ -387,7 +447,7 @@ def test_nan_in_a_bias_or_a_teacher_leaks_into_neither_value_nor_gradient():
     z, h, index = batch(prototypes)
     bias, teacher = leaf(torch.tensor(NAN)), leaf(unit(11, 9) * NAN)
     want = call(built(prototypes), z, h, 10.0, 7.0, index)
-    got = call(built(prototypes), z, h, 10.0, 7.0, index, logit_bias=bias, teacher_features=teacher)
+    got = call(built(prototypes), z, h, 10.0, 7.0, index, logit_bias=bias, teacher_features={"roberta": teacher})
     got.backward()
     assert got == want
     assert bias.grad == 0

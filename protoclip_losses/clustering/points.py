@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._dtypes import sum_dtype
 from ..distributed import RankRows, rank
-from ..functional.back_translation import label_sums, means
+from ..functional.back_translation import segment_mean, segment_sum
 from .assign import BLOCK_ROWS
 
 
@@ -92,14 +92,14 @@ def sums_by_label(labels: Tensor, features: Tensor, num_labels: int, origin: Ten
     for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_labels else ():
         block = features[part].float()
         block = torch.nn.functional.pad(block if origin is None else block - origin, (0, 1), value=1.0)
-        sums += label_sums(labels[part], block.to(dtype), num_labels, check_values=False)[0]
+        sums += segment_sum(labels[part], block.to(dtype), num_labels, check_values=False)[0]
     return sums
 
 
 def means_and_counts(sums: Tensor) -> tuple[Tensor, Tensor]:
     """(K, D) and (K,) int64 of what :func:`sums_by_label` returned, or of its sum over ranks; a zero row where nothing was."""
     counts = sums[:, -1].long()
-    return means(sums[:, :-1], counts), counts
+    return segment_mean(sums[:, :-1], counts), counts
 
 
 def finite_rows(features: Tensor) -> Tensor:

@@ -203,9 +203,9 @@ class EpisodicClusterer:
     def _start(self, teacher: str, width: int) -> Tensor | None:
         """The centroids of the build before, where it had such a clustering and a warm start is wanted."""
         term = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
-        if term is None or term.teacher_centroids.shape != (self.num_prototypes, width):
+        if term is None or term.centroids.shape != (self.num_prototypes, width):
             return None
-        return term.teacher_centroids
+        return term.centroids
 
     def state_dict(self) -> dict[str, Any]:
         """The last prototypes: what the next episode is compared with, and with ``warm_start`` begins from."""

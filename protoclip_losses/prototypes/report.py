@@ -15,7 +15,8 @@ from ..clustering.points import finite_rows, means_and_counts, sums_by_label
 from ..clustering.report import ClusteringReport
 from ..distributed import Group, RankRows, gather_strings, sum_over_ranks, validate_rows
 from ..episodes import FeatureBank
-from .episode import Prototypes, PrototypeTerm
+from .episode import Prototypes
+from .source import Clustering, PrototypeTerm
 
 
 def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], RankRows]:
@@ -69,13 +70,13 @@ def back_translated(
     sums = sum_over_ranks(sums_by_label(own, student, len(centroids)), group)
     prototypes, counts = means_and_counts(sums)
     prototypes = prototypes.to(torch.promote_types(student.dtype, torch.float32))
-    return PrototypeTerm(prototypes, centroids, labels, (counts > 0) & in_use)
+    return PrototypeTerm(prototypes, (counts > 0) & in_use, Clustering(centroids, labels))
 
 
 def agreements(prototypes: Prototypes) -> dict[tuple[str, str], tuple[float, float]]:
     """Adjusted Rand index and adjusted mutual information of each two clusterings."""
-    named = prototypes.clusterings.items()
-    return {(a, b): adjusted_agreement(x.labels, y.labels) for (a, x), (b, y) in combinations(named, 2)}
+    named = prototypes.labels_by_teacher.items()
+    return {(a, b): adjusted_agreement(x, y) for (a, x), (b, y) in combinations(named, 2)}
 
 
 def compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict[str, float]]:
@@ -83,16 +84,17 @@ def compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict
     drift, changed = {}, {}
     known = torch.isin(now.index, before.index.to(now.index.device))
     place = before.positions(now.index[known].to(before.index.device), check_values=False)
-    old = before.clusterings
-    for teacher, term in now.clusterings.items():
-        if teacher not in old or old[teacher].teacher_centroids.shape[1] != term.teacher_centroids.shape[1]:
+    for teacher, clustering in now.clusterings.items():
+        old = before.clusterings.get(teacher)
+        if old is None or old.centroids.shape[1] != clustering.centroids.shape[1]:
             continue
-        counted = torch.bincount(old[teacher].labels + 1, minlength=len(old[teacher].valid) + 1)[1:] > 0
-        numbers = counted.nonzero()[:, 0].to(term.labels.device)
-        nearest, distances = assign(term.teacher_centroids, old[teacher].teacher_centroids[counted])
-        in_use = torch.bincount(term.labels + 1, minlength=len(term.valid) + 1)[1:] > 0
+        labels, old_labels = now.labels_by_teacher[teacher], before.labels_by_teacher[teacher]
+        counted = torch.bincount(old_labels + 1, minlength=len(old.centroids) + 1)[1:] > 0
+        numbers = counted.nonzero()[:, 0].to(labels.device)
+        nearest, distances = assign(clustering.centroids, old.centroids[counted])
+        in_use = torch.bincount(labels + 1, minlength=len(clustering.centroids) + 1)[1:] > 0
         drift[teacher] = float(distances[in_use].sqrt().mean())
-        labels, were = term.labels[known], old[teacher].labels[place].to(term.labels.device)
+        labels, were = labels[known], old_labels[place].to(labels.device)
         both = (labels >= 0) & (were >= 0)
         if bool(both.any()):
             changed[teacher] = float((numbers[nearest][labels[both]] != were[both]).double().mean())
