@@ -78,7 +78,7 @@ def test_attributes_of_old_modules_need_no_import_of_their_own():
     with pytest.warns(FutureWarning, match=r"use protoclip_losses\.StreamEpisodes") as caught:
         assert protoclip_losses.streams.StreamEpisodes is protoclip_losses.StreamEpisodes
     assert caught[0].filename == __file__
-    with pytest.warns(FutureWarning, match=r"use protoclip_losses\.heads\.ProjectionHeads"):
+    with pytest.warns(FutureWarning, match=r"use protoclip_losses\.ProjectionHeads"):
         assert protoclip_losses.integrations.heads.ProjectionHeads is protoclip_losses.heads.ProjectionHeads
 
 
