@@ -13,6 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from .measure import python_m
+
 SWEEPS = {
     "prototype term, K 20,000, D 128": ("B", "soft/float32/{}/20000/128", (64, 256, 1024, 4096, 16384)),
     "prototype term, B 1,024, D 128": ("K", "soft/float32/1024/{}/128", (256, 1024, 4096, 16384, 65536)),
@@ -23,9 +25,9 @@ STYLES = {"ours": ("this library", "C0", "o-"), "dense": ("dense expression", "C
 
 def measure(path: Path) -> None:
     names = list(dict.fromkeys(name.format(size) for _, name, sizes in SWEEPS.values() for size in sizes))
-    script = Path(__file__).with_name("losses.py")
     calls = ["ours", "dense", "floor", "floor3"]
-    subprocess.run([sys.executable, script, "--repeats", "3", "--csv", path, "--calls", *calls, "--cases", *names], check=True)
+    options = ["--repeats", "3", "--csv", str(path), "--calls", *calls, "--cases", *names]
+    subprocess.run(python_m("benchmarks.speed.losses", *options), check=True)
 
 
 def draw(

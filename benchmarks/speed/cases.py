@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import Call
 from torch import Tensor
 
 from protoclip_losses import PrototypeLoss, functional
-from protoclip_losses.kernels import blocks
-from protoclip_losses.kernels.blocks import rows_per_block
+
+from .internals import rows_per_block, without_logits_budget
+from .measure import Call
 
 SCALE = 1 / 0.07
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,11 +150,8 @@ class PairCase(Case):
 
     def streamed(self) -> Results:
         """As beyond the budget: nothing kept between the passes."""
-        budget, blocks.LOGITS_BUDGET = blocks.LOGITS_BUDGET, 0
-        try:
+        with without_logits_budget():
             return self._run(functional.info_nce)
-        finally:
-            blocks.LOGITS_BUDGET = budget
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Results:
         def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compare_arms import Settings
-from compare_metrics import COLUMNS
-from compare_run import load_teacher, train
-from emoji_styles import load, splits
-from measure import machine
 
 import protoclip_losses
+
+from ..speed.measure import machine
+from .arms import Settings
+from .emoji_styles import load, splits
+from .metrics import COLUMNS
+from .train import load_teacher, train
 
 KEY = ("arm", "seed", "settings")
 ABOUT = ("arm", "seed", "settings", "version", "machine", "finished")

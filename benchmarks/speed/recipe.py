@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from clustering import features_of
-from hosts import steps
-from measure import csv_table, interleaved, machine, peak_extra_bytes, ratio
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, TeacherAdapter
+
+from .clustering import features_of
+from .hosts import steps
+from .measure import csv_table, interleaved, machine, peak_extra_bytes, ratio
 
 STAGES = {
     "without": "training, CLIP",

@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,17 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
-from compare_metrics import Evaluation
-from emoji_styles import load, splits
 from encoders import DualEncoder, WordHash, build_model, minilm_encoder
+from torch import Tensor
 from train_cc3m import learning_rate, parameter_groups
 
 from protoclip_losses import EpisodeSampler, EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss, TeacherAdapter
+
+from .arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
+from .emoji_styles import load, splits
+from .metrics import Evaluation
 
 EXTRACTION, TRAINING = 0, 1  # phases of a pass; each draws its own augmentation
 PROJECTION = 128  # width of h, and of the teacher's features

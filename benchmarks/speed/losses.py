@@ -17,8 +17,8 @@ import json
 import statistics
 from pathlib import Path
 
-from cases import Case, Results, installed, make
-from measure import csv_table, free_bytes, in_new_process, interleaved, machine, peak_extra_bytes, ratio
+from .cases import Case, Results, installed, make
+from .measure import csv_table, free_bytes, in_new_process, interleaved, machine, peak_extra_bytes, ratio
 
 CASES = (
     "soft/float32/4096/20000/128",
@@ -50,7 +50,7 @@ def small(name: str) -> str:
 
 def memory(name: str, call: str, device: str) -> str:
     """Megabytes that one call adds to the peak of a new process."""
-    result = in_new_process(__file__, "--device", device, "--memory-of", name, call)
+    result = in_new_process("benchmarks.speed.losses", "--device", device, "--memory-of", name, call)
     return f"{result['bytes'] / 2**20:.0f}"
 
 

@@ -19,12 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pairs import Pairs, Strings, code_points, concept_number, decode, emoji_pairs
 from torch import Tensor
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from pairs import Pairs, Strings, code_points, concept_number, decode, emoji_pairs
 
 
 class Style(NamedTuple):

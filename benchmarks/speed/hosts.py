@@ -14,17 +14,15 @@ import argparse
 import copy
 import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Call, in_new_process, interleaved, machine, peak_extra_bytes, ratio
 from torch import Tensor, nn
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from .measure import Call, in_new_process, interleaved, machine, peak_extra_bytes, ratio
+
 CALLS = ("without", "with", "online", "extraction")
 HOSTS = ("own_loop", "open_clip", "transformers", "lightning")
 
@@ -137,8 +135,9 @@ def main() -> None:
     print(machine("cpu"))
     times = interleaved(calls, repeats=args.repeats)
     sizes = ("--model", args.model, "--batch", args.batch, "--prototypes", args.prototypes, "--rows", args.rows)
+    options = ["--host", args.host, *map(str, sizes)]
     for name, ms in times.items():
-        memory = in_new_process(__file__, "--host", args.host, *map(str, sizes), "--memory-of", name)["bytes"] / 2**20
+        memory = in_new_process("benchmarks.speed.hosts", *options, "--memory-of", name)["bytes"] / 2**20
         print(f"{args.host} {name}: median {statistics.median(ms):.0f} ms, {memory:.0f} MB")
     for name in CALLS[1:]:
         print(f"{args.host} {name} / without: {ratio(times, name, 'without')}")

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from compare_stats import Curve, Interval, difference, final, interval, mean_curve, read_table, score, scores, share_of_time
 from matplotlib.axes import Axes
-from measure import csv_table
+
+from ..speed.measure import csv_table
+from .stats import Curve, Interval, difference, final, interval, mean_curve, read_table, score, scores, share_of_time
 
 BASE = "clip"
 ABLATED, ABLATIONS = "protoclip", ("protoclip_reuse", "online", "no_pbt", "hard")
@@ -200,11 +201,11 @@ def main() -> None:
         (folder / f"{table.stem}.rst").write_text((differences(runs, "validation") if repeated else "") + tried(runs))
         return
     for part in ("concepts", "styles", "both"):
-        (folder / f"compare_{part}.rst").write_text(differences(runs, part) + levels(runs, part))
+        (folder / f"{part}.rst").write_text(differences(runs, part) + levels(runs, part))
     if ABLATED in runs:
         ablations = {arm: seeds for arm, seeds in runs.items() if arm in (ABLATED, *ABLATIONS)}
-        (folder / "compare_ablation.rst").write_text(differences(ablations, "concepts", ABLATED))
-    (folder / "compare_time.rst").write_text(shares(runs) + costs(runs))
+        (folder / "ablation.rst").write_text(differences(ablations, "concepts", ABLATED))
+    (folder / "time.rst").write_text(shares(runs) + costs(runs))
     draw(runs, Path(sys.argv[3]))
 
 

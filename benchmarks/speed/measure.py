@@ -72,9 +72,19 @@ def free_bytes(device: str = "cpu") -> int:
     return int(line.split()[1]) * 1024
 
 
-def in_new_process(script: str, *arguments: str) -> dict[str, float]:
-    """Run ``script arguments`` and read the JSON object on its last line: memory is measured where nothing else ran."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True, env=os.environ)
+def python_m(module: str, *arguments: str) -> list[str]:
+    """The command ``python -m module arguments``, which finds modules where this process finds them.
+
+    ``-P`` is passed on: without it the current folder comes first, and with it the library of this repository, where another
+    version is being measured.
+    """
+    flags = ["-P"] if getattr(sys.flags, "safe_path", False) else []
+    return [sys.executable, *flags, "-m", module, *arguments]
+
+
+def in_new_process(module: str, *arguments: str) -> dict[str, float]:
+    """Run a module and read the JSON object on the last line of its output: memory is measured where nothing else ran."""
+    done = subprocess.run(python_m(module, *arguments), capture_output=True, text=True, check=True, env=os.environ)
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

@@ -8,7 +8,6 @@ python benchmarks/features.py pictures pictures.npy --run-dir runs/features  # t
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,13 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from encoders import build_model, minilm_encoder
+from pairs import emoji_pairs
 from torch import Tensor
 
 from protoclip_losses.teachers import PCA
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from encoders import build_model, minilm_encoder
-from pairs import emoji_pairs
 
 
 def captions(rows: int) -> Tensor:

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measure import in_new_process, machine, peak_extra_bytes, ratio
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from protoclip_losses import EpisodicClusterer
+
+from .measure import in_new_process, machine, peak_extra_bytes, ratio
 
 Fit = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]  # features, K, seed: centroids and labels
 CASES = ("mixture/60000/6000/128", "sphere/60000/6000/128")
@@ -164,7 +165,7 @@ def main() -> None:
     if args.memory:
         print("| N 1,000,000, K 5,000, D 32 | features MB | peak extra MB |\n|---|---|---|")
         for case in MEMORY:
-            extra = in_new_process(__file__, "--memory-of", case)["bytes"]
+            extra = in_new_process("benchmarks.speed.clustering", "--memory-of", case)["bytes"]
             print(f"| {case} | {32 * (4 if '32' in case else 2)} | {extra / 1e6:.0f} |", flush=True)
         return
     print(

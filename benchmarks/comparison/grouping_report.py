@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from compare_stats import Interval, final, interval, read_table
-from measure import csv_table
+
+from ..speed.measure import csv_table
+from .stats import Interval, final, interval, read_table
 
 METRICS = {
     "ami_subgroup": "K-means on image features, AMI with 99 subgroups",

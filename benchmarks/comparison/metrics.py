@@ -1,18 +1,13 @@
 """What a run is judged by: quick figures after each pass, all of them at its end."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 from augment import Inputs
 from encoders import DualEncoder
 from evaluate import class_prompts, encode_texts, first_rows
 from pairs import Pairs
+from torch import Tensor
 
 from protoclip_losses.metrics import grouping, modality_gap, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
 

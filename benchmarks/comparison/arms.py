@@ -1,17 +1,12 @@
 """What the arms of the comparison differ in: their settings, and the parts of the loop that only some of them use."""
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 from pairs import Pairs
+from torch import Tensor
 
 
 @dataclass(frozen=True)
