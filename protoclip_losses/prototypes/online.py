@@ -1,7 +1,7 @@
 """Online mode: prototypes for hosts whose loss never sees a sample index, from features that training computes anyway."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..clustering.assign import assign
 from ..clustering.kmeans import KMeans
 from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, RankRows, sum_over_ranks
+from .queue import FeatureQueue
 from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
 
 
@@ -22,33 +23,29 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
     Not when: samples have an index and an extra forward pass is affordable: an episode's prototypes follow the paper.
     Related: :class:`Prototypes`, :class:`EpisodicClusterer`.
 
-    There is no extraction pass and no sample index: the label of a sample is the centroid nearest to the teacher's own feature
-    of it, in the batch where it is used. **This departs from the paper**, whose episodes cluster features of one fixed model:
-    here features in the queue are up to ``queue_size / batch`` steps old.
-
-    The first prototypes come from K-means over the queue after ``warmup`` steps. From then on one iteration of Lloyd's
-    algorithm is spread over each ``every`` steps: in a step, one share of the queue is assigned to the present centroids and
-    added to the sums
+    There is no extraction pass and no sample index: a sample's label is the centroid nearest to the teacher's own feature of it,
+    in the batch where it is used. **This departs from the paper**, whose episodes cluster features of one fixed model: here
+    features in the queue are up to ``queue_size / batch`` steps old. The first prototypes come from K-means over the queue after
+    ``warmup`` steps. From then on one iteration of Lloyd's algorithm is spread over each ``every`` steps: a step assigns one
+    share of the queue to the present centroids and adds it to the sums
 
     .. math::
         C_k = \frac{1}{n_k} \sum_{i : a_i = k} x_i, \qquad P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i
 
     (teacher's features x, student's h: K-means' update and back translation). After ``every`` steps the sums, reduced over
-    ranks, give the next centroids and prototypes. So no step stalls: a step costs, in addition to training, the product of
-    ``queue_size / every`` rows with K centroids for each teacher. A centroid without members stays where it was and is not
-    valid until it has some.
+    ranks, give the next centroids and prototypes. A step costs, in addition to training, the product of ``queue_size / every``
+    rows with K centroids for each teacher. A centroid without members stays where it was and is not valid until it has some.
 
-    Pass it to :meth:`ProtoLoss.set_prototypes`; the loss does the rest, in each call with gradients enabled. The loss is then
-    called without ``index``, and external teachers come as ``teacher_features``, a mapping of name to (B, D_E).
+    Pass it to :meth:`ProtoLoss.set_prototypes`; the loss does the rest, in each call with gradients enabled. It is then called
+    without ``index``, and external teachers come as ``teacher_features``, a mapping of name to (B, D_E).
 
     Args:
         num_prototypes: K.
-        queue_size: samples kept, over all ranks together. Each rank keeps its own; on W ranks the prototypes are those of one
-            process if all have equal numbers of rows that divide ``queue_size / W``.
+        queue_size: samples kept, over all ranks together, each its own; on W ranks the prototypes are those of one process if
+            all have equal numbers of rows that divide ``queue_size / W``.
         every: steps from one set of prototypes to the next.
         warmup: steps before the first; InfoNCE alone is trained meanwhile.
-        calls_per_step: calls of the loss for the same samples (open_clip's ``--accum-freq``). The last of them takes the samples
-            in, so that all have the same prototypes.
+        calls_per_step: calls of the loss for the same samples (open_clip's ``--accum-freq``); the last of them is observed.
         niter: iterations of the K-means after warm-up.
         seed: of that K-means.
 
@@ -89,10 +86,8 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
             raise ValueError(f"queue_size must be at least num_prototypes={num_prototypes}, got {queue_size}")
         self.niter, self.seed = check.positive_int("niter", niter), check.seed("seed", seed)
         self.terms: dict[Pair, PrototypeTerm] = {}
-        self.calls = self.step = self.version = self.seen = self.cursor = 0
-        self.queue: dict[str, Tensor] = {}
-        # Of each row of the queue: the number of its sample in the run, over all ranks, and the step in which it was added.
-        self.sample_number, self.step_added = torch.empty((2, 0), dtype=torch.int64, device="cpu").unbind()
+        self.calls = self.step = self.version = 0
+        self.queue = FeatureQueue(queue_size)
         self.sums: dict[Pair, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -129,8 +124,8 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
             return
         by_name = features.by_name
         self._check_widths(by_name)
-        self._push(by_name, ranks)
         self.step += 1
+        self.queue.push(by_name, ranks, self.step)
         if not self.terms:
             if self.step >= self.warmup:
                 self._start(list(features.students), ranks.group)
@@ -138,8 +133,7 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         centroids = self._centroids()
         found = {name: labels[name] if name in labels else _nearest(by_name[name], c) for name, c in centroids.items()}
         self._accumulate(by_name, found, features.students)
-        age = self.step - self.step_added
-        earlier = self._rows((self.step_added >= 0) & (age > 0) & (age % self.every == 0))
+        earlier = self.queue.rows(self.queue.due(self.step, self.every))
         self._accumulate(earlier, {name: _nearest(earlier[name], c) for name, c in centroids.items()}, features.students)
         if (self.step - self.warmup) % self.every == 0:
             self._renew(centroids, ranks.group)
@@ -159,44 +153,23 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
 
     def _check_widths(self, features: Mapping[str, Tensor]) -> None:
         widths = {name: x.shape[1] for name, x in features.items()}
-        known = {name: x.shape[1] for name, x in self.queue.items()} or widths
+        known = self.queue.widths or widths
         if widths != known:
             raise ValueError(f"features must have the names and widths of the first step, {known}, got {widths}")
 
-    def _push(self, features: Mapping[str, Tensor], ranks: RankRows) -> None:
-        """Write a batch over the oldest rows of this rank's part of the queue."""
-        capacity = -(-self.queue_size // ranks.world_size)
-        rows = ranks.own.stop - ranks.own.start
-        number = self.seen + torch.arange(ranks.own.start, ranks.own.stop, device="cpu")
-        self.seen += ranks.total
-        row = (self.cursor + torch.arange(rows, device="cpu")) % capacity
-        self.cursor = (self.cursor + rows) % capacity
-        last = slice(max(0, rows - capacity), rows)
-        if not self.queue:
-            self.queue = {k: x.new_zeros((capacity, x.shape[1]), dtype=torch.float32) for k, x in features.items()}
-            self.sample_number, self.step_added = torch.full((2, capacity), -1, device="cpu").unbind()
-        for name, x in features.items():
-            queue = self.queue[name] = self.queue[name].to(x.device)
-            queue[row[last].to(x.device)] = x[last].float()
-        self.sample_number[row[last]], self.step_added[row[last]] = number[last], self.step + 1
-
-    def _rows(self, mask: Tensor) -> dict[str, Tensor]:
-        """These rows of the queue."""
-        return {name: x[mask.to(x.device)] for name, x in self.queue.items()}
-
     def _start(self, students: Sequence[str], group: Group | None) -> None:
         """K-means over the queue, and the first prototypes."""
-        is_filled = self.sample_number >= 0
-        count = int(sum_over_ranks(is_filled.sum(), group))
+        written = self.queue.written()
+        count = int(sum_over_ranks(written.sum(), group))
         if count < self.num_prototypes:
             raise ValueError(
                 f"warmup={self.warmup} steps must leave at least num_prototypes={self.num_prototypes} samples in the queue, "
                 f"got {count}"
             )
-        number, queue = self.sample_number[is_filled], self._rows(is_filled)
+        number, features = self.queue.sample_number[written], self.queue.rows(written)
         kmeans = KMeans(self.num_prototypes, niter=self.niter, tol=0, seed=self.seed, max_dropped=1, process_group=group or False)
-        centroids = {name: kmeans.fit(x, index=number.to(x.device)).centroids for name, x in queue.items()}
-        self._accumulate(queue, {name: _nearest(x, centroids[name]) for name, x in queue.items()}, students)
+        centroids = {name: kmeans.fit(x, index=number.to(x.device)).centroids for name, x in features.items()}
+        self._accumulate(features, {name: _nearest(x, centroids[name]) for name, x in features.items()}, students)
         self._renew(centroids, group)
 
     def _accumulate(self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], students: Iterable[str]) -> None:
@@ -226,41 +199,31 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         self.version += 1
 
     def _centroids(self) -> dict[str, Tensor]:
-        return {teacher: x.centroids.to(self.queue[teacher].device) for teacher, x in self.clusterings.items()}
+        return {teacher: x.centroids.to(self.queue.features[teacher].device) for teacher, x in self.clusterings.items()}
 
     _SETTINGS = ("num_prototypes", "queue_size", "every", "warmup", "calls_per_step", "niter", "seed")
-    _COUNTERS = ("calls", "step", "version", "seen", "cursor")
-    _TENSORS = ("sample_number", "step_added")
-    _OF_0_6: ClassVar = {
-        "cursor": "_cursor",
-        "sample_number": "_number",
-        "step_added": "_came",
-        "queue": "_queue",
-        "sums": "_sums",
-    }
+    _COUNTERS = ("calls", "step", "version")
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to resume bit for bit. Under torch.distributed the queue is this rank's: save it on each."""
-        names = (*self._SETTINGS, *self._COUNTERS, *self._TENSORS, "queue", "sums")
-        terms = {
-            key: {"prototypes": term.prototypes, "teacher_centroids": term.teacher_centroids, "valid": term.valid}
-            for key, term in self.terms.items()
-        }
-        return {"format": 1, "kind": self.kind, **{name: getattr(self, name) for name in names}, "terms": terms}
+        numbers = {name: getattr(self, name) for name in (*self._SETTINGS, *self._COUNTERS)}
+        parts = ("prototypes", "teacher_centroids", "valid")
+        terms = {key: {part: getattr(term, part) for part in parts} for key, term in self.terms.items()}
+        state = {"format": 1, "kind": self.kind, **numbers, **self.queue.state_dict()}
+        return {**state, "sums": dict(self.sums), "terms": terms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a saved state; raises ValueError, and changes nothing, if it was made with other settings."""
-        if check.state_format("OnlinePrototypes", state) == 0:
-            state = {**state, **{new: state[old] for new, old in self._OF_0_6.items()}}
+        sums = state["_sums"] if check.state_format("OnlinePrototypes", state) == 0 else state["sums"]
         check.state_matches("OnlinePrototypes", state, {name: getattr(self, name) for name in self._SETTINGS})
-        tensors = {name: state[name].clone() for name in self._TENSORS}
-        mappings = {name: {key: x.clone() for key, x in state[name].items()} for name in ("queue", "sums")}
+        queue = FeatureQueue.from_state_dict(self.queue_size, state)
         clusterings = {teacher: Clustering(term["teacher_centroids"]) for (_, teacher), term in state["terms"].items()}
         terms = {
             (student, teacher): PrototypeTerm(term["prototypes"], term["valid"], clusterings[teacher])
             for (student, teacher), term in state["terms"].items()
         }
-        self.__dict__.update({name: state[name] for name in self._COUNTERS}, **tensors, **mappings, terms=terms)
+        self.calls, self.step, self.version = (state[name] for name in self._COUNTERS)
+        self.queue, self.terms, self.sums = queue, terms, {key: x.clone() for key, x in sums.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "OnlinePrototypes":

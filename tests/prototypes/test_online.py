@@ -336,4 +336,4 @@ def test_a_state_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="valid must have shape"):
         prototypes.load_state_dict(state)
     assert repr(prototypes) == before
-    assert not prototypes.queue
+    assert not prototypes.queue.features
