@@ -19,9 +19,9 @@ class InfoNCE(nn.Module):
         \mathcal{L} = \tfrac{1}{2} \left[ \mathrm{CE}(s Z^I {Z^T}^\top, \mathrm{diag})
         + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
 
-    Use it when: you train a CLIP with the softmax loss, on one process or many.
-    Not when: you want the loss of given rows alone (:func:`protoclip_losses.functional.info_nce`), or prototype terms with it.
-    Related: :class:`ProtoLoss`, open_clip's ``ClipLoss``, which takes the same arguments.
+    **Use it when:** you train a CLIP with the softmax loss, on one process or many.
+    **Not when:** you want the loss of given rows alone (:func:`protoclip_losses.functional.info_nce`), or prototype terms with it.
+    **Related:** :class:`ProtoLoss`, open_clip's ``ClipLoss``, which takes the same arguments.
 
     When torch.distributed is initialised, features are gathered here, with gradients: the loss returned is this rank's share,
     the mean over ranks is the loss of the whole batch, and after DDP's averaging every gradient equals that of one process on

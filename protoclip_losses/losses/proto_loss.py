@@ -22,10 +22,10 @@ SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 class ProtoLoss(nn.Module):
     r"""The ProtoCLIP objective: InfoNCE and a sum over prototype terms.
 
-    Use it when: you train a CLIP and want all of it in one module.
-    Not when: you need one part alone (:class:`InfoNCE`, :class:`PrototypeLoss`), or want to learn prototypes
+    **Use it when:** you train a CLIP and want all of it in one module.
+    **Not when:** you need one part alone (:class:`InfoNCE`, :class:`PrototypeLoss`), or want to learn prototypes
     (:func:`protoclip_losses.functional.prototype_cross_entropy`).
-    Related: :class:`EpisodicClusterer`, :class:`OnlinePrototypes`, :class:`TeacherAdapter`.
+    **Related:** :class:`EpisodicClusterer`, :class:`OnlinePrototypes`, :class:`TeacherAdapter`.
 
     .. math::
         \mathcal{L} = w_\mathrm{clip}\, \mathcal{L}_\mathrm{InfoNCE} + w_\mathrm{proto}\, \mathcal{L}_\mathrm{proto}

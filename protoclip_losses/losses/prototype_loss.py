@@ -19,10 +19,10 @@ class PrototypeLoss(nn.Module):
         \mathcal{L} = -\frac{1}{n} \sum_i \sum_j y_{a_i j} \log p_{ij}, \qquad
         p_i = \mathrm{softmax}_j(s\, h_i \cdot P_j), \qquad y_a = \mathrm{softmax}_j(C_a \cdot C_j / \tau_y)
 
-    Use it when: you have a clustering of your own, on one process, and want its prototypes as targets.
-    Not when: you want the whole objective over ranks (:class:`ProtoLoss`), or prototypes with gradients
+    **Use it when:** you have a clustering of your own, on one process, and want its prototypes as targets.
+    **Not when:** you want the whole objective over ranks (:class:`ProtoLoss`), or prototypes with gradients
     (:func:`protoclip_losses.functional.prototype_cross_entropy`).
-    Related: :func:`protoclip_losses.functional.soft_targets`, :class:`PrototypicalBackTranslation`.
+    **Related:** :func:`protoclip_losses.functional.soft_targets`, :class:`PrototypicalBackTranslation`.
 
     The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is computed when a
     label first needs it, and cached while both centroid tensors stay the same objects at the same version; writing to either in

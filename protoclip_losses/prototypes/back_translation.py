@@ -17,8 +17,12 @@ class PrototypicalBackTranslation(nn.Module):
     .. math::
         P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i
 
-    Called, it is :func:`protoclip_losses.functional.back_translate`. For features that do not fit in memory, pass them batch by
-    batch to :meth:`update` and take the same answer from :meth:`compute`; a streamed sum is kept in float64.
+    **Use it when:** you have a teacher's labels and want prototypes in a student's space, from features at once or batch by batch.
+    **Not when:** you cluster episodes: :meth:`EpisodicClusterer.build` back-translates every pair, over all ranks.
+    **Related:** :func:`protoclip_losses.functional.back_translate`, which a call of the module is.
+
+    For features that do not fit in memory, pass them batch by batch to :meth:`update` and get the same answer from
+    :meth:`compute`; a streamed sum is kept in float64.
 
     Args:
         num_prototypes: number K of teacher clusters.
@@ -44,8 +48,11 @@ class PrototypicalBackTranslation(nn.Module):
         self.num_prototypes = check.positive_int("num_prototypes", num_prototypes)
         self.reset()
 
+    def extra_repr(self) -> str:
+        return f"num_prototypes={self.num_prototypes}, streamed={int(self._counts.sum())}"
+
     def forward(self, labels: Tensor, features: Tensor) -> Tensor:
-        """Prototypes (K, D) of labels (N,) and features (N, D); independent of what was streamed."""
+        """Prototypes (K, D) of labels (N,) and features (N, D); streamed features are not used."""
         prototypes, self.counts = back_translate(labels, features, self.num_prototypes)
         return prototypes
 
@@ -74,9 +81,10 @@ class PrototypicalBackTranslation(nn.Module):
         return segment_mean(self._sums, self._counts).to(self._dtype)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"sums": self._sums, "counts": self._counts, "dtype": str(self._dtype).removeprefix("torch.")}
+        return {"format": 1, "sums": self._sums, "counts": self._counts, "dtype": str(self._dtype).removeprefix("torch.")}
 
     def set_extra_state(self, state: Any) -> None:
+        check.state_format("PrototypicalBackTranslation", state)
         counts = state["counts"]
         check.integers("state_dict counts", counts, length=self.num_prototypes, of=" as num_prototypes")
         self._sums, self._counts, self._dtype = state["sums"], counts, getattr(torch, state["dtype"])

@@ -14,9 +14,9 @@ from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeT
 class Prototypes(PrototypeSource, kind="episode"):
     """The terms of an episode and its samples. Free of any temperature or weight: those belong to the loss.
 
-    Use it when: the loss is called with sample indices; :meth:`EpisodicClusterer.build` makes one per episode.
-    Not when: no sample index reaches the loss (:class:`OnlinePrototypes`).
-    Related: :class:`EpisodicClusterer`, :meth:`ProtoLoss.set_prototypes`.
+    **Use it when:** the loss is called with sample indices; :meth:`EpisodicClusterer.build` makes one per episode.
+    **Not when:** no sample index reaches the loss (:class:`OnlinePrototypes`).
+    **Related:** :class:`EpisodicClusterer`, :meth:`ProtoLoss.set_prototypes`.
 
     Args:
         index: (N,) int64, sample indices of the episode, each once.

@@ -19,9 +19,9 @@ from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeT
 class OnlinePrototypes(PrototypeSource, kind="online"):
     r"""Prototypes from a queue of recent projected features, updated every few steps while training continues.
 
-    Use it when: no sample index reaches the loss, or an extraction pass costs too much.
-    Not when: samples have an index and an extra forward pass is affordable: an episode's prototypes follow the paper.
-    Related: :class:`Prototypes`, :class:`EpisodicClusterer`.
+    **Use it when:** no sample index reaches the loss, or an extraction pass costs too much.
+    **Not when:** samples have an index and an extra forward pass is affordable: an episode's prototypes follow the paper.
+    **Related:** :class:`Prototypes`, :class:`EpisodicClusterer`.
 
     There is no extraction pass and no sample index: a sample's label is the centroid nearest to the teacher's own feature of it,
     in the batch where it is used. **This departs from the paper**, whose episodes cluster features of one fixed model: here

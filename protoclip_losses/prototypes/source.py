@@ -145,9 +145,9 @@ def teachers_by_name(teacher_features: Any) -> Mapping[str, Tensor]:
 class PrototypeSource(ABC):
     """Where :class:`~protoclip_losses.ProtoLoss` gets terms and labels from.
 
-    Use it when: you write a source of your own, and subclass it with a ``kind``, the name that its saved states carry.
-    Not when: an episode's clustering (:class:`Prototypes`) or a queue of features (:class:`OnlinePrototypes`) will do.
-    Related: :class:`PrototypeTerm`, :class:`Clustering`.
+    **Use it when:** you write a source of your own, and subclass it with a ``kind``, the name that its saved states carry.
+    **Not when:** an episode's clustering (:class:`Prototypes`) or a queue of features (:class:`OnlinePrototypes`) will do.
+    **Related:** :class:`PrototypeTerm`, :class:`Clustering`.
 
     Attributes:
         terms: the :class:`PrototypeTerm` of each (student, teacher); empty while there are none, in warm-up.
