@@ -20,7 +20,7 @@ class InfoNCE(nn.Module):
         + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
 
     **Use it when:** you train a CLIP with the softmax loss, on one process or many.
-    **Not when:** you want the loss of given rows alone (:func:`protoclip_losses.functional.info_nce`), or prototype terms with it.
+    **Not when:** you want the loss of given rows alone (:func:`protoclip_losses.functional.info_nce`), or prototype terms too.
     **Related:** :class:`ProtoLoss`, open_clip's ``ClipLoss``, which takes the same arguments.
 
     When torch.distributed is initialised, features are gathered here, with gradients: the loss returned is this rank's share,

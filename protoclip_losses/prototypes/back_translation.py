@@ -17,7 +17,7 @@ class PrototypicalBackTranslation(nn.Module):
     .. math::
         P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i
 
-    **Use it when:** you have a teacher's labels and want prototypes in a student's space, from features at once or batch by batch.
+    **Use it when:** you have a teacher's labels and want prototypes in a student's space, at once or batch by batch.
     **Not when:** you cluster episodes: :meth:`EpisodicClusterer.build` back-translates every pair, over all ranks.
     **Related:** :func:`protoclip_losses.functional.back_translate`, which a call of the module is.
 
