@@ -3,15 +3,37 @@
 from . import functional
 from ._version import __version__
 from .clustering import ClusteringReport, KMeans, KMeansResult
-from .episodes import Episode, EpisodeSampler, FeatureBank, FeatureCollector, StreamEpisode, StreamEpisodes, StreamPass
-from .heads import ProjectionHead
+from .episodes import (
+    Episode,
+    EpisodeOrder,
+    EpisodeSampler,
+    FeatureBank,
+    FeatureCollector,
+    StreamEpisode,
+    StreamEpisodes,
+    StreamPass,
+    WithIndex,
+    extract,
+)
+from .heads import ProjectionHead, ProjectionHeads
 from .losses import InfoNCE, ProtoLoss, PrototypeLoss
-from .prototypes import EpisodeReport, EpisodicClusterer, OnlinePrototypes, Prototypes, PrototypeTerm, PrototypicalBackTranslation
+from .prototypes import (
+    Clustering,
+    EpisodeReport,
+    EpisodicClusterer,
+    OnlinePrototypes,
+    Prototypes,
+    PrototypeSource,
+    PrototypeTerm,
+    PrototypicalBackTranslation,
+)
 from .teachers import TeacherAdapter
 
 __all__ = [
+    "Clustering",
     "ClusteringReport",
     "Episode",
+    "EpisodeOrder",
     "EpisodeReport",
     "EpisodeSampler",
     "EpisodicClusterer",
@@ -22,8 +44,10 @@ __all__ = [
     "KMeansResult",
     "OnlinePrototypes",
     "ProjectionHead",
+    "ProjectionHeads",
     "ProtoLoss",
     "PrototypeLoss",
+    "PrototypeSource",
     "PrototypeTerm",
     "Prototypes",
     "PrototypicalBackTranslation",
@@ -31,6 +55,8 @@ __all__ = [
     "StreamEpisodes",
     "StreamPass",
     "TeacherAdapter",
+    "WithIndex",
     "__version__",
+    "extract",
     "functional",
 ]

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .._dtypes import sum_dtype
 from ..distributed import RankRows, rank
-from ..functional.back_translation import label_sums as segment_sum
-from ..functional.back_translation import means as segment_mean
+from ..functional.back_translation import segment_mean, segment_sum
 from .assign import BLOCK_ROWS
 
 

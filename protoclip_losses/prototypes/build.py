@@ -13,8 +13,9 @@ from ..clustering.kmeans import SETTINGS, KMeans, KMeansResult
 from ..distributed import Group, RankRows, active_group, gather_sizes, gather_strings, validate_on_all_ranks, validate_rows
 from ..episodes import FeatureBank
 from .back_translation import back_translate_over_ranks
-from .episode import Prototypes, PrototypeTerm
+from .episode import Prototypes
 from .report import EpisodeReport, agreements, centroid_drift, changed_share
+from .source import Clustering, PrototypeTerm
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
@@ -28,9 +29,9 @@ class EpisodicClusterer:
 
     (teacher's features x, student's h). Under torch.distributed each rank passes its own rows, and all get the same prototypes.
 
-    **Use it when:** training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
-    **Not when:** the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
-    **Related:** :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
+    Use it when: training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
+    Not when: the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
+    Related: :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
 
     Args:
         num_prototypes: number K of clusters; the paper has about 10 samples for each.
@@ -139,15 +140,15 @@ class EpisodicClusterer:
             result = self.fit(source, init=self._warm_centroids(teacher, source.shape[1]), index=own_index)
             reports[teacher] = result.report
             start = time.perf_counter()
-            labels = owned_ranks.gather(result.labels)[order]
+            clustering = Clustering(result.centroids, owned_ranks.gather(result.labels)[order])
             for student in (name for name in features if name != teacher):
                 means, counts = back_translate_over_ranks(result.labels, sources[student], self.num_prototypes, group)
-                terms[student, teacher] = PrototypeTerm(means, result.centroids, labels, (counts > 0) & (result.counts > 0))
+                terms[student, teacher] = PrototypeTerm(means, (counts > 0) & (result.counts > 0), clustering)
             seconds["back_translate"] += time.perf_counter() - start
         prototypes = Prototypes(index, terms)
         start = time.perf_counter()
         drift, changed = ({}, {}) if self.previous is None else _compare(prototypes, self.previous)
-        agreement = agreements({teacher: clustering.labels for teacher, clustering in prototypes.clusterings.items()})
+        agreement = agreements(prototypes.labels_by_teacher)
         seconds["compare"] = time.perf_counter() - start
         prototypes.report = EpisodeReport(reports, agreement, drift, changed, seconds)
         self.previous = prototypes
@@ -156,9 +157,9 @@ class EpisodicClusterer:
     def _warm_centroids(self, teacher: str, width: int) -> Tensor | None:
         """The last centroids, if a warm start is wanted and they fit."""
         term = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
-        if term is None or term.teacher_centroids.shape != (self.num_prototypes, width):
+        if term is None or term.centroids.shape != (self.num_prototypes, width):
             return None
-        return term.teacher_centroids
+        return term.centroids
 
     def state_dict(self) -> dict[str, Any]:
         """The last prototypes: what the next episode is compared with, and with ``warm_start`` starts from."""
@@ -224,12 +225,14 @@ def _compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dic
     changed: dict[str, float] = {}
     common = torch.isin(now.index, before.index.to(now.index.device))
     position = before.positions(now.index[common].to(before.index.device), check_values=False)
-    for teacher, term in now.clusterings.items():
+    for teacher, clustering in now.clusterings.items():
         old = before.clusterings.get(teacher)
-        if old is None or old.teacher_centroids.shape[1] != term.teacher_centroids.shape[1]:
+        if old is None or old.centroids.shape[1] != clustering.centroids.shape[1]:
             continue
-        drift[teacher], successors = centroid_drift(term.teacher_centroids, term.labels, old.teacher_centroids, old.labels)
-        share = changed_share(successors, term.labels[common], old.labels[position].to(term.labels.device))
+        labels = now.labels_by_teacher[teacher]
+        old_labels = before.labels_by_teacher[teacher].to(before.index.device)  # the loss may have moved them to its own
+        drift[teacher], successors = centroid_drift(clustering.centroids, labels, old.centroids, old_labels)
+        share = changed_share(successors, labels[common], old_labels[position].to(labels.device))
         if share is not None:
             changed[teacher] = share
     return drift, changed
