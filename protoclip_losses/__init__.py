@@ -1,6 +1,6 @@
 """The prototype-level objective of ProtoCLIP (https://arxiv.org/abs/2206.10996) for any CLIP training loop."""
 
-from . import functional
+from . import _deprecated, functional
 from ._version import __version__
 from .clustering import ClusteringReport, KMeans, KMeansResult
 from .episodes import (
@@ -60,3 +60,5 @@ __all__ = [
     "extract",
     "functional",
 ]
+
+_deprecated.install()

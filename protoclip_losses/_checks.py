@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -215,11 +215,17 @@ def state_format(owner: str, state: Mapping[str, Any]) -> int:
     return int(number)
 
 
-def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError if a saved state was made with other settings than those of the object that is to take it over."""
-    for name, value in own.items():
+def state_has(owner: str, state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError if a saved state lacks one of these entries."""
+    for name in names:
         if name not in state:
             raise ValueError(f"state_dict must be that of {owner}, got one without {name!r} (it has {sorted(map(str, state))})")
+
+
+def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved state was made with other settings than those of the object that is to take it over."""
+    state_has(owner, state, own)
+    for name, value in own.items():
         if state[name] != value:
             raise ValueError(f"state_dict has {name}={state[name]} but this {owner} has {name}={value}")
 

@@ -156,10 +156,8 @@ class EpisodicClusterer:
 
     def _warm_centroids(self, teacher: str, width: int) -> Tensor | None:
         """The last centroids, if a warm start is wanted and they fit."""
-        term = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
-        if term is None or term.centroids.shape != (self.num_prototypes, width):
-            return None
-        return term.centroids
+        last = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
+        return last.centroids if last is not None and last.centroids.shape == (self.num_prototypes, width) else None
 
     def state_dict(self) -> dict[str, Any]:
         """The last prototypes: what the next episode is compared with, and with ``warm_start`` starts from."""

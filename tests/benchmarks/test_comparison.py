@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import Run, append, finished, read_plan
-from compare_arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
-from compare_metrics import PENALTIES, linear_probes, ridge_probe
-from compare_run import Clock
-from compare_stats import final, interval, mean_curve, paired, read_table, share_of_time
-from emoji_styles import STYLES, family, load, splits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import benchmarks
+from benchmarks.comparison.arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
+from benchmarks.comparison.emoji_styles import STYLES, family, load, splits
+from benchmarks.comparison.metrics import PENALTIES, linear_probes, ridge_probe
+from benchmarks.comparison.run import Run, append, finished, read_plan
+from benchmarks.comparison.stats import final, interval, mean_curve, paired, read_table, share_of_time
+from benchmarks.comparison.train import Clock
+
+BENCHMARKS = Path(benchmarks.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +244,7 @@ def test_a_plan_gives_every_arm_of_a_seed_before_the_next(tmp_path):
 
 
 def test_committed_plans_can_be_read():
-    for path in (BENCHMARKS / "plans").glob("*.json"):
+    for path in (BENCHMARKS / "comparison" / "plans").glob("*.json"):
         assert read_plan(path)
 
 
@@ -280,8 +282,8 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
     plan.write_text(json.dumps({"common": small, "arms": {name: {"seeds": 1, "settings": s} for name, s in arms.items()}}))
 
     def compare():
-        command = [sys.executable, str(BENCHMARKS / "compare.py"), str(plan), str(table), "--data", str(data), "--jobs", "2"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+        command = [sys.executable, "-m", "benchmarks.comparison", str(plan), str(table), "--data", str(data), "--jobs", "2"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, cwd=BENCHMARKS.parent).stdout
 
     assert "7 runs planned, 7 left" in compare()
     first = table.read_text()

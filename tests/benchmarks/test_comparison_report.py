@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from compare import ABOUT, STAGES, Run, append
-from compare_metrics import COLUMNS
-from compare_stats import score
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import benchmarks
+from benchmarks.comparison.metrics import COLUMNS
+from benchmarks.comparison.run import ABOUT, STAGES, Run, append
+from benchmarks.comparison.stats import score
+
+BENCHMARKS = Path(benchmarks.__file__).parent
 
 
 @pytest.fixture
@@ -36,7 +38,8 @@ def table(tmp_path):
 
 
 def report(script, *arguments):
-    subprocess.run([sys.executable, str(BENCHMARKS / script), *map(str, arguments)], check=True, timeout=300)
+    command = [sys.executable, "-m", f"benchmarks.comparison.{script}", *map(str, arguments)]
+    subprocess.run(command, check=True, timeout=300, cwd=BENCHMARKS.parent)
 
 
 def cells(text, title, arm):
@@ -47,15 +50,15 @@ def cells(text, title, arm):
 
 
 def test_tables_of_the_comparison(table, tmp_path):
-    report("compare_report.py", table, tmp_path, tmp_path / "compare.png")
-    text = (tmp_path / "compare_concepts.rst").read_text()
+    report("report", table, tmp_path, tmp_path / "compare.png")
+    text = (tmp_path / "concepts.rst").read_text()
     # Differences 0.08, 0.10, 0.12: deviation 0.02, half-width 4.303 * 0.02 / sqrt(3).
     row = cells(text, "Difference to clip: concepts never trained on", "protoclip")
     assert (row["seeds"], row["probe"], row["AMI"]) == ("3", "**+10.0 ± 5.0**", "**+0.100 ± 0.050**")
     assert cells(text, "Means: concepts never trained on", "clip")["zero-shot"] == "31.0"
     assert cells(text, "Means: concepts never trained on", "random")["gap"] == "-0.090"
-    assert "AMI" not in cells((tmp_path / "compare_both.rst").read_text(), "Means: concepts and styles", "clip")
-    time = (tmp_path / "compare_time.rst").read_text()
+    assert "AMI" not in cells((tmp_path / "both.rst").read_text(), "Means: concepts and styles", "clip")
+    time = (tmp_path / "time.rst").read_text()
     # CLIP's best is the 0.31 of its third pass, after 30 s; ProtoCLIP's second has it, after 40 s.
     assert cells(time, "Share of CLIP's training time", "protoclip")["zero-shot, 9 groups"] == "133%"
     cost = cells(time, "CPU milliseconds", "protoclip")
@@ -69,15 +72,15 @@ def test_ablations_are_compared_with_protoclip(table, tmp_path):
     for seed in range(3):
         rows = [{**row, **{name: float(row[name]) - 0.04 for name in COLUMNS}} for row in theirs if row["seed"] == str(seed)]
         append(table, Run("no_pbt", seed, {}), [{k: v for k, v in row.items() if k not in ABOUT} for row in rows])
-    report("compare_report.py", table, tmp_path, tmp_path / "compare.png")
-    text = (tmp_path / "compare_ablation.rst").read_text()
+    report("report", table, tmp_path, tmp_path / "compare.png")
+    text = (tmp_path / "ablation.rst").read_text()
     assert cells(text, "Difference to protoclip: concepts never trained on", "no_pbt")["probe"] == "**-4.0 ± 0.0**"
     assert "random" not in text
     assert "clip," not in text.replace("protoclip", "")
 
 
 def test_table_of_settings_is_sorted_by_score(table, tmp_path):
-    report("compare_report.py", table, tmp_path)
+    report("report", table, tmp_path)
     text = (tmp_path / "compare.rst").read_text()
     assert [text.index(f"   {arm},3,") for arm in ("protoclip", "clip", "random")] == sorted(
         text.index(f"   {arm},3,") for arm in ("protoclip", "clip", "random")
@@ -90,7 +93,7 @@ def test_an_arm_is_compared_with_clip_under_its_own_condition(table, tmp_path):
     for seed in range(3):
         for arm, figure in (("clip, 3 passes", 0.2), ("protoclip, 3 passes", 0.25), ("protoclip, K 60", 0.41 + seed / 100)):
             append(table, Run(arm, seed, {}), [{"pass": 3, **dict.fromkeys(COLUMNS, figure)}])
-    report("compare_report.py", table, tmp_path)
+    report("report", table, tmp_path)
     text = (tmp_path / "compare.rst").read_text()
     title = "Difference to clip: validation concepts"
     assert cells(text, title, "protoclip, 3 passes")["probe"] == "**+5.0 ± 0.0**"
@@ -116,7 +119,7 @@ def test_grouping_table_and_picture(table, tmp_path):
     for seed in range(2):
         append(table, Run("clip, 60", seed, {"gap": 60}), [{"pass": 1, **end}])
         append(table, Run("clip, captions shuffled", seed, {"captions": "shuffled"}), [{"pass": 1, **end}])
-    report("grouping_report.py", table, tmp_path / "grouping.rst", tmp_path / "grouping.png")
+    report("grouping_report", table, tmp_path / "grouping.rst", tmp_path / "grouping.png")
     text = (tmp_path / "grouping.rst").read_text()
     assert cells(text, "Mean over seeds", "clip, 60")["linear probe, 99 subgroups"] == "0.500 ± 0.000"
     assert cells(text, "Mean over seeds", "clip")["linear probe, 99 subgroups"] == "0.310 ± 0.025"

@@ -124,7 +124,7 @@ def test_a_sampler_goes_on_where_its_state_was():
     expected = first_episodes(EpisodeSampler(100, 10, seed=5), 4)
     next(iter(sampler)), next(iter(sampler))
     state = sampler.state_dict()
-    assert state == {"number": 2, "dataset_size": 100, "episode_size": 10, "seed": 5}
+    assert state == {"format": 1, "number": 2, "dataset_size": 100, "episode_size": 10, "seed": 5}
     resumed = EpisodeSampler(100, 10, seed=5)
     resumed.load_state_dict(state)
     assert torch.equal(torch.stack(first_episodes(resumed, 2)), torch.stack(expected[2:]))
@@ -134,7 +134,7 @@ def test_a_sampler_goes_on_where_its_state_was():
 def test_the_state_of_another_sampler_is_an_error(name, value):
     arguments = {"dataset_size": 100, "episode_size": 10, "seed": 5}
     sampler = EpisodeSampler(**{**arguments, name: value})
-    with pytest.raises(ValueError, match=f"state_dict has {name}={arguments[name]} but this sampler has {name}={value}"):
+    with pytest.raises(ValueError, match=f"state_dict has {name}={arguments[name]} but this EpisodeSampler has {name}={value}"):
         sampler.load_state_dict(EpisodeSampler(**arguments).state_dict())
     assert sampler.number == 0
 
@@ -380,4 +380,4 @@ def test_the_state_of_another_bank_is_an_error():
         bank.load_state_dict(narrow.state_dict())
     short = {name: x[:2] for name, x in {"image": IMAGE, "text": TEXT}.items()}
     with pytest.raises(ValueError, match="image_features must have 4 rows"):
-        bank.load_state_dict({**FeatureBank(INDEX, dim=3).state_dict(), "features": short})
+        bank.load_state_dict({**FeatureBank(INDEX, dim=3).state_dict(), "features": short, "modalities": ["image", "text"]})

@@ -17,9 +17,9 @@ SIZES = [5, 3, 0, 7, 1, 4, 6, 2]  # lines of each shard, one of them empty
 
 
 def write_lines(folder, sizes=SIZES):
-    """Shards that are files of lines, each line naming its shard and place."""
+    """Shards that are files of lines, each line naming its shard and its row."""
     for shard, size in enumerate(sizes):
-        (folder / f"{shard}.txt").write_text("".join(f"{shard}/{place}\n" for place in range(size)))
+        (folder / f"{shard}.txt").write_text("".join(f"{shard}/{row}\n" for row in range(size)))
     return [str(folder / f"{shard}.txt") for shard in range(len(sizes))]
 
 
@@ -104,14 +104,14 @@ def test_the_state_of_another_stream_is_an_error(arguments, name):
 # --- numbers ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_number_is_the_place_of_the_shard_and_of_the_sample_in_it(stream):
+def test_an_index_is_the_position_of_the_shard_and_the_row_in_it(stream):
     episode = stream.episode(0)
     found = samples(episode.batches(read, decode, 4))
     assert len(found) == sum(SIZES)
     for number, line in found.items():
-        shard, place = line.split("/")
+        shard, row = line.split("/")
         assert episode.shards[number >> 32].endswith(f"/{shard}.txt")
-        assert number % 2**32 == int(place)
+        assert number % 2**32 == int(row)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 9])
@@ -120,7 +120,7 @@ def test_both_passes_number_alike_for_any_ranks_workers_and_order(stream, worker
     episode = stream.episode(1)
     wanted = samples(episode.batches(read, decode, 4))
     found = [
-        samples(episode.batches(read, decode, 3, workers=workers, rank=rank, world_size=world_size, shuffle=8))
+        samples(episode.batches(read, decode, 3, num_workers=workers, rank=rank, world_size=world_size, shuffle_buffer=8))
         for rank in range(world_size)
     ]
     assert sum(map(len, found)) == len(wanted)
@@ -129,8 +129,9 @@ def test_both_passes_number_alike_for_any_ranks_workers_and_order(stream, worker
 
 
 def test_samples_are_shuffled_within_blocks_by_seed_and_episode(stream):
-    def order(episode, shuffle=6):
-        return [number for index, _ in episode.batches(read, decode, 4, shuffle=shuffle) for number in index.tolist()]
+    def order(episode, shuffle_buffer=6):
+        batches = episode.batches(read, decode, 4, shuffle_buffer=shuffle_buffer)
+        return [number for index, _ in batches for number in index.tolist()]
 
     episode = stream.episode(0)
     plain, shuffled = order(episode, 1), order(episode)
@@ -153,7 +154,7 @@ def test_ranks_shuffle_differently(tmp_path):
     one, other = (
         [
             number % 2**32
-            for index, _ in episode.batches(read, decode, 4, shuffle=20, rank=r, world_size=2)
+            for index, _ in episode.batches(read, decode, 4, shuffle_buffer=20, rank=r, world_size=2)
             for number in index.tolist()
         ]
         for r in range(2)
@@ -171,7 +172,7 @@ def test_no_more_than_a_block_is_held(tmp_path):
             yield line
 
     shards = write_lines(tmp_path, [50, 50, 50])
-    for index, _ in StreamEpisodes(shards, 3).episode(0).batches(counted, decode, 5, shuffle=10):
+    for index, _ in StreamEpisodes(shards, 3).episode(0).batches(counted, decode, 5, shuffle_buffer=10):
         counts["seen"] += len(index)
         lead.append(counts["read"] - counts["seen"])
     assert counts["seen"] == 150
@@ -184,7 +185,7 @@ def test_no_more_than_a_block_is_held(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 9])
 def test_a_pass_goes_on_after_any_batch(stream, workers):
     def fresh():
-        return stream.episode(0).batches(read, decode, 2, workers=workers, shuffle=3)
+        return stream.episode(0).batches(read, decode, 2, num_workers=workers, shuffle_buffer=3)
 
     whole, states = [], []
     passing = fresh()
@@ -203,13 +204,13 @@ def test_a_pass_goes_on_after_any_batch(stream, workers):
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=6),
     batch_size=st.integers(1, 7),
-    shuffle=st.integers(1, 9),
+    shuffle_buffer=st.integers(1, 9),
     broken=st.sets(st.integers(0, 35)),
     data=st.data(),
 )
-def test_any_cut_gives_the_same_batches(sizes, batch_size, shuffle, broken, data):
+def test_any_cut_gives_the_same_batches(sizes, batch_size, shuffle_buffer, broken, data):
     """Shards held in memory; some samples do not decode."""
-    shards = {f"shard{i}": [(i, place) for place in range(size)] for i, size in enumerate(sizes)}
+    shards = {f"shard{i}": [(i, row) for row in range(size)] for i, size in enumerate(sizes)}
     opened = []
 
     def read(shard):
@@ -225,7 +226,7 @@ def test_any_cut_gives_the_same_batches(sizes, batch_size, shuffle, broken, data
         return (
             StreamEpisodes(list(shards), len(shards))
             .episode(2)
-            .batches(read, decode, batch_size, shuffle=shuffle, max_dropped=1.0)
+            .batches(read, decode, batch_size, shuffle_buffer=shuffle_buffer, max_dropped=1.0)
         )
 
     passing, whole, states = fresh(), [], []
@@ -241,7 +242,7 @@ def test_any_cut_gives_the_same_batches(sizes, batch_size, shuffle, broken, data
     assert passed(resumed) == whole[done:]
     assert (resumed.samples, resumed.dropped) == (passing.samples, passing.dropped)
     assert resumed.samples == sum(sizes)
-    assert resumed.dropped == len(broken & {i * 6 + place for i, size in enumerate(sizes) for place in range(size)})
+    assert resumed.dropped == len(broken & {i * 6 + row for i, size in enumerate(sizes) for row in range(size)})
 
 
 def test_shards_that_were_passed_are_not_opened_again(tmp_path):
@@ -252,25 +253,25 @@ def test_shards_that_were_passed_are_not_opened_again(tmp_path):
         return read(path)
 
     stream = StreamEpisodes(write_lines(tmp_path, [10] * 6), 6)
-    passing = stream.episode(0).batches(noted, decode, 5, shuffle=5)
+    passing = stream.episode(0).batches(noted, decode, 5, shuffle_buffer=5)
     for _ in zip(range(7), passing, strict=False):  # 35 of 60 samples
         pass
     state = passing.state_dict()
     opened.clear()
-    resumed = stream.episode(0).batches(noted, decode, 5, shuffle=5)
+    resumed = stream.episode(0).batches(noted, decode, 5, shuffle_buffer=5)
     resumed.load_state_dict(state)
     assert len(passed(resumed)) == 5
     assert opened == list(stream.episode(0).shards[3:])
 
 
 def test_sizes_that_workers_find_are_in_the_state(stream):
-    passing = stream.episode(0).batches(read, decode, 4, workers=2)
+    passing = stream.episode(0).batches(read, decode, 4, num_workers=2)
     passed(passing)
-    assert sorted(passing.state_dict()["sizes"].tolist()) == sorted(SIZES)
+    assert sorted(passing.state_dict()["shard_sizes"].tolist()) == sorted(SIZES)
 
 
 def test_a_saved_pass_goes_on_in_a_new_process(stream, tmp_path):
-    passing = stream.episode(0).batches(read, decode, 3, workers=2, shuffle=4)
+    passing = stream.episode(0).batches(read, decode, 3, num_workers=2, shuffle_buffer=4)
     batches = iter(passing)
     for _ in range(4):
         next(batches)
@@ -284,7 +285,7 @@ shards = [f"{sys.argv[1]}/{i}.txt" for i in range(len(SIZES))]
 state = torch.load(sys.argv[1] + "/state.pt", weights_only=True)
 stream = StreamEpisodes(shards, len(SIZES), seed=3)
 stream.load_state_dict(state["stream"])
-passing = next(iter(stream)).batches(read, decode, 3, workers=2, shuffle=4)
+passing = next(iter(stream)).batches(read, decode, 3, num_workers=2, shuffle_buffer=4)
 passing.load_state_dict(state["pass"])
 print(json.dumps(passed(passing)))
 """,
@@ -301,16 +302,16 @@ print(json.dumps(passed(passing)))
     [
         (1, {}, "episode"),
         (0, {"batch_size": 5}, "batch_size"),
-        (0, {"shuffle": 2}, "shuffle"),
-        (0, {"workers": 3}, "workers"),
-        (0, {"rank": 1, "world_size": 2}, "places"),
-        (0, {"rank": 0, "world_size": 2}, "places"),
+        (0, {"shuffle_buffer": 2}, "shuffle_buffer"),
+        (0, {"num_workers": 3}, "num_workers"),
+        (0, {"rank": 1, "world_size": 2}, "shard_ids"),
+        (0, {"rank": 0, "world_size": 2}, "shard_ids"),
     ],
 )
 def test_the_state_of_another_pass_is_an_error(stream, number, change, name):
-    settings = {"batch_size": 4, "workers": 0, **change}
+    settings = {"batch_size": 4, "num_workers": 0, **change}
     state = stream.episode(0).batches(read, decode, 4).state_dict()
-    with pytest.raises(ValueError, match=f"state_dict has {name}=.* but this pass has {name}="):
+    with pytest.raises(ValueError, match=f"state_dict has {name}=.* but this StreamPass has {name}="):
         stream.episode(number).batches(read, decode, **settings).load_state_dict(state)
 
 
@@ -329,7 +330,7 @@ def fails_for(*lines):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_that_does_not_decode_is_left_out_and_counted(stream, workers):
     bad = ("3/2", "0/0", "6/5")
-    passing = stream.episode(0).batches(read, fails_for(*bad), 4, workers=workers)
+    passing = stream.episode(0).batches(read, fails_for(*bad), 4, num_workers=workers)
     found = samples(passing)
     assert (passing.samples, passing.dropped) == (sum(SIZES), 3)
     whole = samples(stream.episode(0).batches(read, decode, 4))
@@ -356,17 +357,17 @@ def test_too_many_of_them_are_an_error_that_shows_the_last(tmp_path):
 
 def test_the_share_is_of_all_samples_once_there_are_a_thousand(tmp_path):
     stream = StreamEpisodes(write_lines(tmp_path, [3000]), 1)
-    late = [f"0/{place}" for place in range(2900, 2928)]
+    late = [f"0/{row}" for row in range(2900, 2928)]
     assert len(samples(stream.episode(0).batches(read, fails_for(*late), 10))) == 2972
     with pytest.raises(ValueError, match="decode failed for"):
-        samples(stream.episode(0).batches(read, fails_for(*late, *(f"0/{place}" for place in range(11))), 10))
+        samples(stream.episode(0).batches(read, fails_for(*late, *(f"0/{row}" for row in range(11))), 10))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_second_pass_can_be_held_to_what_the_first_has_seen(stream, workers):
     first = samples(stream.episode(0).batches(read, fails_for("5/1", "5/2"), 4))
     only = torch.tensor(list(first))[torch.randperm(len(first))]
-    second = stream.episode(0).batches(read, decode, 4, workers=workers, only=only)
+    second = stream.episode(0).batches(read, decode, 4, num_workers=workers, only=only)
     assert samples(second) == first
     assert second.dropped == 0
     assert passed(stream.episode(0).batches(read, decode, 4, only=only[:0])) == []
@@ -390,7 +391,7 @@ def test_samples_are_collated_by_torch_or_by_the_caller(stream):
     assert index.dtype == torch.int64
     assert length.shape == (4, 1)
     assert len(lines) == 4
-    _, batch = next(iter(episode.batches(read, decode, 4, collate="+".join)))
+    _, batch = next(iter(episode.batches(read, decode, 4, collate_fn="+".join)))
     assert batch.count("+") == 3
 
 
@@ -413,8 +414,9 @@ def test_further_arguments_reach_the_loader(stream):
         (lambda s: StreamEpisodes(["a"], 1, episodes=0), ValueError, "episodes must be at least 1, got 0"),
         (lambda s: s.episode(-1), ValueError, "number must be at least 0, got -1"),
         (lambda s: s.episode(0).batches(read, decode, 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda s: s.episode(0).batches(read, decode, 4, shuffle=0), ValueError, "shuffle must be at least 1, got 0"),
-        (lambda s: s.episode(0).batches(read, decode, 4, workers=-1), ValueError, "workers must be an int of at least 0, got -1"),
+        (lambda s: s.episode(0).batches(read, decode, 4, shuffle_buffer=0), ValueError, "shuffle_buffer must be at least 1, got 0"),
+        (lambda s: s.episode(0).batches(read, decode, 4, num_workers=-1), ValueError, "num_workers must be at least 0, got -1"),
+        (lambda s: s.episode(0).batches(read, decode, 4, num_workers=2.0), TypeError, "num_workers must be an int, got float"),
         (
             lambda s: s.episode(0).batches(read, decode, 4, rank=2, world_size=2),
             ValueError,

@@ -103,7 +103,7 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
     arguments += ["--lit-episodes", "0"]  # so that the last checkpoint holds prototypes
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(*arguments, "--run-dir", str(whole))
-    places = [
+    interruptions = [
         ("episode 2/5 extraction: +[1-9]", 0.0, signal.SIGTERM),
         ("episode 2/5 extraction: +[1-9]", 0.0, signal.SIGKILL),
         ("episode 3/5 extraction: +[1-9]", random.Random(1).uniform(0, 0.2), signal.SIGKILL),
@@ -112,11 +112,11 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
         ("episode 4/5 training", random.Random(0).uniform(0, 0.5), signal.SIGKILL),
         ("episode 5/5 extraction: +[1-9]", 0.0, signal.SIGINT),
     ]
-    steps = last_state(whole)["at"]["step"]
-    for number, (pattern, delay, kind) in enumerate(places):
+    steps = last_state(whole)["progress"]["step"]
+    for number, (pattern, delay, kind) in enumerate(interruptions):
         resume = ["--run-dir", str(killed), "--resume"] if number else [*arguments, "--run-dir", str(killed)]
         written = run_until(pattern, kind, delay, *resume)
-        assert last_state(killed)["at"]["step"] < steps
+        assert last_state(killed)["progress"]["step"] < steps
         assert number == 0 or "resuming after step" in written
     run("--run-dir", str(killed), "--resume")
     assert holds_prototypes(whole)
@@ -139,17 +139,17 @@ def test_online_mode_stopped_and_killed_ends_with_the_same_weights(launcher: tup
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     written = run(*arguments, "--run-dir", str(whole), launcher=launcher)
     assert "extraction" not in written
-    places = [
+    interruptions = [
         ("episode 1/5 training: +[2-5][0-9]%", signal.SIGKILL),  # the queue fills
         ("episode 3/5 training: +[4-9]", signal.SIGTERM),  # between two sets of prototypes
         ("episode 4/5 training: +[1-9]", signal.SIGKILL),
     ]
-    for number, (pattern, kind) in enumerate(places):
+    for number, (pattern, kind) in enumerate(interruptions):
         resume = ["--resume"] if number else arguments
         # torchrun passes SIGTERM on, and then ends with 1; a SIGKILL would leave its processes running.
         how: dict[str, Any] = {"launcher": launcher, "status": 1} if launcher else {}
         run_until(pattern, signal.SIGTERM if launcher else kind, 0.0, *resume, "--run-dir", str(killed), **how)
-        assert last_state(killed)["at"]["step"] < last_state(whole)["at"]["step"]
+        assert last_state(killed)["progress"]["step"] < last_state(whole)["progress"]["step"]
     run("--run-dir", str(killed), "--resume", launcher=launcher)
     assert holds_prototypes(whole)
     assert_same_end(whole, killed)
@@ -179,8 +179,8 @@ def test_online_mode_from_warm_up_to_lit_with_a_teacher(table: str, tmp_path: Pa
 def test_a_stop_signal_to_all_processes_saves_and_stops(number: signal.Signals, table: str, tmp_path: Path) -> None:
     arguments = ["--train-data", table, "--run-dir", str(tmp_path / "run"), *TINY, "--episodes", "40", "--save-every", "1000"]
     written = run_until("episode 2/40 training: +[1-9]", number, 0.0, *arguments)
-    assert "stopped and saved; go on with: python" in written
-    step = last_state(tmp_path / "run")["at"]["step"]
+    assert "stopped and saved; resume with: python" in written
+    step = last_state(tmp_path / "run")["progress"]["step"]
     assert 13 < step < 400
     assert records(tmp_path / "run")[-1]["step"] == step
 
@@ -215,7 +215,7 @@ def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) 
     np.save(wrong, np.zeros((7, 8), np.float32))
     arguments = ["--train-data", table, *TINY, "--episodes", "3"]
     written = run(*arguments, "--run-dir", str(tmp_path / "a"), "--teacher", str(wrong), status=1)
-    assert "has 7 rows and there are" in written
+    assert "wrong.npy with 7 rows" in written
     captions = (tmp_path / "a" / "train_captions.txt").read_text(encoding="utf-8").splitlines()
     rows = np.stack([np.bincount([ord(c) % 32 for c in caption], minlength=32) for caption in captions])
     np.save(right, rows.astype(np.float16))
@@ -233,11 +233,11 @@ def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-prototypes", "9999"], "--num-prototypes 9999 is more than"),
-        (["--queue-size", "5"], "--queue-size 5 is less than the 6 prototypes"),
-        (["--episode-size", "9999"], "--episode-size 9999 is more than"),
-        (["--batch-size", "9999"], "--batch-size 9999 is more than"),
-        (["--teacher", "nowhere.npy"], "no such file"),
+        (["--num-prototypes", "9999"], "--num-prototypes must be at most the .* pairs of an episode, got 9999"),
+        (["--queue-size", "5"], "--queue-size must be at least the 6 prototypes, got 5"),
+        (["--episode-size", "9999"], "--episode-size must be at most the .* training pairs, got 9999"),
+        (["--batch-size", "9999"], "--batch-size must be at most the .* pairs of an episode, got 9999"),
+        (["--teacher", "nowhere.npy"], "--teacher must be minilm, none, or an existing .npy file, got nowhere.npy"),
         (["--model", "RN50"], "pip install open_clip_torch|train"),
         (["--precision", "fp16", "--device", "cpu"], "needs a GPU"),
         (["--resume"], "is not the folder of a run"),

@@ -100,7 +100,7 @@ def test_killed_in_each_pass_it_ends_with_the_same_weights(shards: str, tmp_path
     written = run(*arguments(shards), "--run-dir", str(whole), **STREAM)
     assert "samples left out, as they do not decode" in written
     assert "clustering" in written
-    places = [
+    interruptions = [
         ("episode 1 training: +[1-9]", signal.SIGKILL),
         ("episode 2 extraction: +[5-9]", signal.SIGTERM),
         ("episode 2 extraction: +1[0-9]", signal.SIGKILL),
@@ -108,7 +108,7 @@ def test_killed_in_each_pass_it_ends_with_the_same_weights(shards: str, tmp_path
         ("episode 3 training: +[4-9]", signal.SIGINT),
         ("episode 4 extraction: +[4-9]", signal.SIGKILL),
     ]
-    for number, (pattern, kind) in enumerate(places):
+    for number, (pattern, kind) in enumerate(interruptions):
         resume = ["--resume"] if number else arguments(shards)
         written = run_until(pattern, kind, 0.0, *resume, "--run-dir", str(killed), **STREAM)
         assert number == 0 or "resuming after step" in written
@@ -132,7 +132,7 @@ def test_two_processes_are_stopped_and_go_on(shards: str, tmp_path: Path) -> Non
         "episode 2 extraction: +[1-9]", signal.SIGTERM, 0.0, *arguments(shards), "--run-dir", stopped, status=1, **how
     )
     assert "stopped and saved" in written
-    assert last_state(tmp_path / "stopped")["at"]["step"] < last_state(tmp_path / "whole")["at"]["step"]
+    assert last_state(tmp_path / "stopped")["progress"]["step"] < last_state(tmp_path / "whole")["progress"]["step"]
     run("--resume", "--run-dir", stopped, **how)
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 

@@ -92,7 +92,7 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 def assert_same_end(whole: Path, interrupted: Path) -> None:
     """The same weights, optimizer, prototypes and metrics, bit for bit."""
     one, other = last_state(whole), last_state(interrupted)
-    assert one["at"]["step"] == other["at"]["step"]
+    assert one["progress"]["step"] == other["progress"]["step"]
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, other["model"][name]), name
     for number, state in one["optimizer"]["state"].items():

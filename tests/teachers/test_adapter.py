@@ -128,7 +128,7 @@ def test_samples_are_int64_vectors():
 def test_a_file_that_is_not_a_matrix_of_floats_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"teacher\.npy must hold a 2-dimensional array \(samples, width\), got shape \(4,\)"):
         TeacherAdapter.from_file(save(tmp_path, np.ones(4)))
-    with pytest.raises(TypeError, match=r"teacher\.npy must hold floats, got int64"):
+    with pytest.raises(TypeError, match=r"teacher\.npy must hold floats of 16, 32 or 64 bits, got int64"):
         TeacherAdapter.from_file(save(tmp_path, np.ones((4, 2), dtype="int64")))
     with pytest.raises(ValueError, match="Python objects"):
         TeacherAdapter.from_file(save(tmp_path, np.array([[{}]], dtype=object)))
@@ -222,15 +222,16 @@ def test_a_frozen_pca_can_be_saved_and_loaded(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "pca.pt", weights_only=True))
     assert other.dim == 4
     assert torch.equal(other.pca(spread()), teacher[torch.arange(200)])
-    assert teacher.state_dict().keys() == {"mean", "components"}
+    assert teacher.state_dict().keys() == {"format", "dim", "normalize", "mean", "components"}
 
 
-def test_a_teacher_without_pca_has_an_empty_state():
-    teacher = TeacherAdapter.from_tensor(spread(), 4)
+def test_a_teacher_without_pca_says_so_in_its_state():
     state = TeacherAdapter.from_tensor(spread()).state_dict()
-    assert state == {}
-    teacher.load_state_dict(state)
-    assert teacher.dim == 12
+    assert state == {"format": 1, "dim": None, "normalize": False}
+    for saved in (state, {}):  # 0.6 saved nothing
+        teacher = TeacherAdapter.from_tensor(spread(), 4)
+        teacher.load_state_dict(saved)
+        assert teacher.dim == 12
 
 
 def test_the_pca_of_another_width_is_an_error():
@@ -260,18 +261,16 @@ def test_the_cache_is_a_npy_file_of_the_encoders_rows(tmp_path, dtype):
     rows = np.load(tmp_path / "t.npy", allow_pickle=False)
     with torch.no_grad():
         assert (rows == TextEncoder()(CAPTIONS).numpy().astype(dtype)).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.npy", "t.npy.json"]
     again = TeacherAdapter.from_file(tmp_path / "t.npy", normalize=True)
     assert torch.equal(again[EVERY], encoded(tmp_path / "t.npy", dtype=dtype)[EVERY])
 
 
-def test_a_second_run_calls_the_encoder_no_more(tmp_path):
-    def never(captions):
-        raise AssertionError("called")
-
-    first = encoded(tmp_path / "t.npy", dim=4)
+def test_a_second_run_encodes_one_caption_to_know_its_encoder(tmp_path):
+    first, encode = encoded(tmp_path / "t.npy", dim=4), TextEncoder()
     files = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    second = encoded(tmp_path / "t.npy", never, dim=4)
+    second = encoded(tmp_path / "t.npy", encode, dim=4)
+    assert encode.calls == [CAPTIONS[:1]]
     assert torch.equal(first[EVERY], second[EVERY])
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files
 
@@ -332,7 +331,7 @@ from text_encoder import CAPTIONS, TextEncoder
 from protoclip_losses import TeacherAdapter
 encode = TextEncoder()
 teacher = TeacherAdapter.from_encoder(encode, CAPTIONS, sys.argv[1] + "/t.npy", dim=eval(sys.argv[2]))
-assert not encode.calls
+assert encode.calls == [CAPTIONS[:1]]
 torch.save((teacher[torch.arange(36)], teacher.encode(CAPTIONS[:3])), sys.argv[1] + "/there.pt")
 """,
         tmp_path,
@@ -346,8 +345,8 @@ torch.save((teacher[torch.arange(36)], teacher.encode(CAPTIONS[:3])), sys.argv[1
 def test_the_pca_stays_as_it_was_fitted(tmp_path):
     """It is read from its file, not fitted again."""
     encoded(tmp_path / "t.npy", dim=4)
-    saved = dict(np.load(tmp_path / "t.pca.npz"))
-    np.savez(tmp_path / "t.pca.npz", **{**saved, "mean": saved["mean"] + 1})
+    saved = dict(np.load(tmp_path / "t.npy.pca.npz"))
+    np.savez(tmp_path / "t.npy.pca.npz", **{**saved, "mean": saved["mean"] + 1})
     assert torch.equal(encoded(tmp_path / "t.npy", dim=4).pca.mean, torch.from_numpy(saved["mean"] + 1))
 
 
@@ -401,10 +400,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, batches):
         encoded(tmp_path / "t.npy", stopping_after(batches))
     encode = TextEncoder()
     resumed = encoded(tmp_path / "t.npy", encode, batch_size=7)
-    assert encode.seen == CAPTIONS[5 * batches :]
+    assert encode.seen == CAPTIONS[: batches > 0] + CAPTIONS[5 * batches :]  # the first again, to know the encoder
     assert torch.equal(resumed[EVERY], encoded(tmp_path / "whole.npy")[EVERY])
     assert (tmp_path / "t.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
-    assert (tmp_path / "t.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert (tmp_path / "t.npy.json").read_bytes() == (tmp_path / "whole.npy.json").read_bytes()
 
 
 def test_an_interrupted_cache_in_another_type_is_not_mixed(tmp_path):
@@ -434,12 +433,12 @@ TeacherAdapter.from_encoder(slow, CAPTIONS, sys.argv[1] + "/t.npy", dim=4, batch
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert json.loads((tmp_path / "t.json").read_text())["done"] == 15
+    assert json.loads((tmp_path / "t.npy.json").read_text())["done"] == 15
     encode = TextEncoder()
     resumed = encoded(tmp_path / "t.npy", encode, dim=4)
-    assert encode.seen == CAPTIONS[15:]
+    assert encode.seen == CAPTIONS[:1] + CAPTIONS[15:]  # the first again, to know the encoder
     whole = encoded(tmp_path / "whole.npy", dim=4)
-    for ending in (".npy", ".json", ".pca.npz"):
+    for ending in (".npy", ".npy.json", ".npy.pca.npz"):
         assert (tmp_path / f"t{ending}").read_bytes() == (tmp_path / f"whole{ending}").read_bytes()
     assert torch.equal(resumed[EVERY], whole[EVERY])
     assert not list(tmp_path.glob("*.tmp*"))
@@ -453,7 +452,7 @@ def test_a_caption_whose_features_are_not_finite_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=f"got NaN or Inf for the caption '{CAPTIONS[17]}'"):
         encoded(tmp_path / "t.npy", encode)
-    assert json.loads((tmp_path / "t.json").read_text())["done"] == 15
+    assert json.loads((tmp_path / "t.npy.json").read_text())["done"] == 15
     teacher = encoded(tmp_path / "t.npy")
     teacher._encode = encode
     with pytest.raises(ValueError, match=f"got NaN or Inf for the caption '{CAPTIONS[17]}'"):
