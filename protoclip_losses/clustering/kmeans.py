@@ -27,9 +27,9 @@ SETTINGS = ("niter", "nredo", "backend", "spherical", "seed", "device", "tol", "
 class KMeansResult:
     """A clustering of N rows, which also assigns new rows.
 
-    **Use it when:** you want the labels of the rows that were clustered, or of others by :meth:`predict`.
-    **Not when:** you train with prototypes: :class:`Prototypes` has the clusterings of an episode by sample index.
-    **Related:** :class:`KMeans`, which returns it; :class:`ClusteringReport`.
+    Use it when: you want the labels of the rows that were clustered, or of others by :meth:`predict`.
+    Not when: you train with prototypes: :class:`Prototypes` has the clusterings of an episode by sample index.
+    Related: :class:`KMeans`, which returns it; :class:`ClusteringReport`.
 
     Attributes:
         centroids: (K, D) float32, equal on every rank; normalised only with ``spherical``.
@@ -97,17 +97,17 @@ class KMeans:
 
     Lloyd's algorithm in float32. Under torch.distributed each rank passes its own rows, and every rank gets the same centroids.
 
-    **Use it when:** you cluster features into many clusters (about 10 rows for each), on a CPU or GPU, on one process or many.
-    **Not when:** clusters are few and large: to K = 1,000, with 50 rows or more for each, ``backend="faiss"`` is up to 4 times
+    Use it when: you cluster features into many clusters (about 10 rows for each), on a CPU or GPU, on one process or many.
+    Not when: clusters are few and large: up to K = 1,000 with 50 rows or more for each, ``backend="faiss"`` is up to 4 times
     as fast, at about the same objective.
-    **Related:** :class:`EpisodicClusterer` clusters each modality of an episode and builds :class:`Prototypes`.
+    Related: :class:`EpisodicClusterer` clusters each modality of an episode and builds :class:`Prototypes`.
 
     Args:
         num_clusters: K.
         niter: iterations, at most.
         nredo: runs from different seeds, of which the best is returned.
-        backend: ``"torch"`` runs on the device of the rows and shares the work between ranks; ``"faiss"`` gathers all rows on
-            one rank; ``"auto"`` is ``"torch"``, which gives the same answer on any number of ranks.
+        backend: ``"torch"`` runs on the device of the rows and shares the work between ranks; ``"faiss"`` gathers all rows and
+            runs on one rank; ``"auto"`` is ``"torch"``, which gives the same answer on any number of ranks.
         spherical: normalise the centroids in each iteration: the nearest is then the one with the largest cosine.
         seed: the same rows and the same seed give the same centroids.
         device: where K-means runs; None is the device of the rows for ``"torch"`` and the CPU for ``"faiss"``.

@@ -29,9 +29,9 @@ class EpisodicClusterer:
 
     (teacher's features x, student's h). Under torch.distributed each rank passes its own rows, and all get the same prototypes.
 
-    **Use it when:** training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
-    **Not when:** the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
-    **Related:** :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
+    Use it when: training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
+    Not when: the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
+    Related: :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
 
     Args:
         num_prototypes: number K of clusters; the paper has about 10 samples for each.
@@ -227,7 +227,8 @@ def _compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dic
         old = before.clusterings.get(teacher)
         if old is None or old.centroids.shape[1] != clustering.centroids.shape[1]:
             continue
-        labels, old_labels = now.labels_by_teacher[teacher], before.labels_by_teacher[teacher]
+        labels = now.labels_by_teacher[teacher]
+        old_labels = before.labels_by_teacher[teacher].to(before.index.device)  # the loss may have moved them to its own
         drift[teacher], successors = centroid_drift(clustering.centroids, labels, old.centroids, old_labels)
         share = changed_share(successors, labels[common], old_labels[position].to(labels.device))
         if share is not None:

@@ -362,6 +362,18 @@ for features in torch.full((9, 4), 1e20), torch.full((9, 4), 1e300, dtype=torch.
     )
 
 
+def test_a_repr_says_what_it_is():
+    kmeans = KMeans(3, seed=7, tol=0, spherical=True)
+    assert repr(kmeans) == (
+        "KMeans(3, niter=20, nredo=1, backend='auto', spherical=True, seed=7, device=None, tol=0, max_dropped=0.01, "
+        "process_group=None)"
+    )
+    assert repr(EpisodicClusterer(4)).startswith("EpisodicClusterer(4, niter=20, ")
+    assert repr(EpisodicClusterer(4, warm_start=True)).endswith(", process_group=None, warm_start=True)")
+    result = KMeans(3).fit(torch.tensor([[0.0, 0.0], [2.0, 0.0], [7.0, 0.0], [9.0, 0.0], [20.0, 0.0]]))
+    assert repr(result) == "KMeansResult(num_clusters=3, width=2, rows=5, objective=4, empty=0, dropped=0, backend='torch')"
+
+
 def test_importing_the_library_is_light_and_silent():
     heavy = "{'faiss', 'matplotlib', 'sklearn', 'transformers', 'PIL', 'scipy', 'pandas'}"
     assert in_new_process(f"import sys, protoclip_losses; assert not {heavy} & sys.modules.keys()") == ""
