@@ -2,14 +2,11 @@
 
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from run_folder import RunState
 
 from protoclip_losses import EpisodeSampler
