@@ -89,9 +89,10 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
             assert bank is not None
             with clock.stage("clustering"):
                 external = teachers if settings.w_external else {}
-                loss.set_prototypes(clusterer.build(bank, external))
-            assert clusterer.report is not None
-            clock.cpu["back_translation"] += clusterer.report.seconds["back_translate"]
+                prototypes = clusterer.build(bank, external)
+                loss.set_prototypes(prototypes)
+            assert prototypes.report is not None
+            clock.cpu["back_translation"] += prototypes.report.seconds["back_translate"]
 
         model.train()
         if settings.features == "training":

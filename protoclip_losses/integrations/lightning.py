@@ -9,7 +9,7 @@ from .._checks import require
 from ..episodes import EpisodeOrder, extract
 from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
-from ..prototypes import EpisodicClusterer, OnlinePrototypes, Prototypes
+from ..prototypes import EpisodicClusterer, Prototypes
 from ..teachers import TeacherAdapter
 
 require("lightning.pytorch", "lightning")
@@ -63,16 +63,12 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
             raise TypeError(
                 f"{type(pl_module).__name__}.loss must be a ProtoLoss, got {type(getattr(pl_module, 'loss', None)).__name__}"
             )
-        if not self._is_online(pl_module) and not callable(getattr(pl_module, "project", None)):
+        if pl_module.loss.needs_episodes and not callable(getattr(pl_module, "project", None)):
             raise TypeError(f"{type(pl_module).__name__} must have a method project(batch) that returns index, image, text")
-
-    @staticmethod
-    def _is_online(pl_module: Any) -> bool:
-        return isinstance(pl_module.loss.prototypes, OnlinePrototypes)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set the epoch's prototypes, if they are not. Lightning calls on_train_epoch_start of resumed runs not always."""
-        if not self._is_online(pl_module) and self.epoch != trainer.current_epoch:
+        if pl_module.loss.needs_episodes and self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch
             pl_module.loss.set_prototypes(None if self.epoch < self.warmup_epochs else self.build(trainer, pl_module))
 

@@ -13,7 +13,7 @@ from .._checks import require
 from ..episodes import EpisodeOrder, EpisodeSampler, WithIndex, extract
 from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
-from ..prototypes import EpisodicClusterer, OnlinePrototypes
+from ..prototypes import EpisodicClusterer
 from ..teachers import TeacherAdapter
 
 require("transformers", "transformers")
@@ -105,7 +105,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         number = num_prototypes or max(1, len(self.order) // 10)
         self.clusterer = clusterer or EpisodicClusterer(number, seed=seed)
         self.loss, self.teachers, self.warmup_epochs = loss or ProtoLoss(), teachers or {}, warmup_epochs
-        self.online, self.is_restored = isinstance(self.loss.prototypes, OnlinePrototypes), False
+        self.online, self.is_restored = not self.loss.needs_episodes, False
         if not hasattr(model, "proto"):
             add_heads(model, **(heads or {}))
         super().__init__(model, args, train_dataset=WithIndex(train_dataset), **trainer)

@@ -3,13 +3,11 @@
 import copy
 
 import pytest
-import spawn
 import torch
 from cases import assert_near
 from host_own_loop import Clip, train
 from host_pairs import PicturePairs
 from host_practices import accumulate, grad_cache, lock_image_tower, sigmoid_loss, with_another_pair_loss
-from integrations import ranks_fsdp
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, ProjectionHead, ProtoLoss
 
@@ -116,15 +114,3 @@ def test_a_loop_of_ones_own(capsys):
     assert len(losses) == 6
     assert sum(losses[-2:]) < sum(losses[:2])
     assert capsys.readouterr().out.count("episode") == 3
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return spawn.run(["integrations.ranks_fsdp"], 2, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 has its public name since torch 2.6")
-@pytest.mark.parametrize("case", [case.__name__ for case in ranks_fsdp.CASES])
-def test_on(ranks, case):
-    if problem := spawn.failure(case, *ranks):
-        pytest.fail(problem, pytrace=False)
