@@ -1,4 +1,4 @@
-"""What the arms of the comparison differ in: their settings, and the parts of the loop that only some of them use."""
+"""What differs between arms: their settings, and the parts of the training loop that only some arms use."""
 
 import math
 from dataclasses import dataclass
@@ -11,43 +11,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Settings:
-    """All that an arm can differ in. The first block is what plain CLIP has, too."""
+    """Everything an arm can set. The first block applies to plain CLIP as well."""
 
     passes: int = 10
     batch_size: int = 256
     learning_rate: float = 1e-3
     warmup_steps: int = 40
     weight_decay: float = 0.2
-    side: int = 24  # of the pictures as the encoder sees them
-    drawings: str = "all"  # or "one" of each concept
-    method: str = "clip"  # clip, episodic, or online
-    # Prototypes are made anew before every `cluster_every`-th pass, from features extracted for it, or from those that the
-    # pass before has computed anyway.
-    features: str = "extracted"  # or "training"
+    side: int = 24  # of the pictures, in pixels, as the image encoder sees them
+    drawings: str = "all"  # "all", or "one" of each concept
+    method: str = "clip"  # "clip", "episodic" or "online"
+    # Prototypes are recomputed before every `cluster_every`-th pass, from features extracted for it ("extracted"), or from the
+    # features that the previous training pass computed anyway ("training").
+    features: str = "extracted"
     cluster_every: int = 1
     warmup_passes: int = 1
-    last_passes: int = 0  # with InfoNCE only
+    last_passes: int = 0  # at the end, with InfoNCE only
     num_prototypes: int = 250
     target_temperature: float = 0.01  # 0: hard targets
     w_proto: float = 1.0
-    w_external: float = 0.0  # of MiniLM as an external teacher of prototype terms
+    w_external: float = 0.0  # weight of the prototype terms with MiniLM as external teacher
     external_target_temperature: float = 0.0
     back_translation: bool = True
     normalize_prototypes: bool = False
     head_width: int = 512
     head_norm: str = "batch"
-    distill: str = "none"  # cosine or relational: the same teacher without prototypes
+    distill: str = "none"  # "cosine" or "relational": distillation from the same teacher, without prototypes
     w_distill: float = 1.0
     distill_temperature: float = 0.1
-    # Of the grouping demonstration: image features turned out of the space of the text features by so many degrees, and
-    # captions that stay one concept's own but are another's.
+    # For the study of grouping: the angle in degrees between the spaces of image and text features, and whether each concept
+    # has its "own" captions or, "shuffled", those of another concept.
     gap: float = 0.0
-    captions: str = "own"  # or "shuffled"
-    judged_on: str = "all"  # or "validation", where hyperparameters are chosen: test pictures are then not even encoded
+    captions: str = "own"
+    judged_on: str = "all"  # "validation" while hyperparameters are chosen: test pictures are not even encoded then
 
 
 class Schedule:
-    """Which passes have prototypes, and before which of them there is a new clustering."""
+    """Which passes use prototypes, and which of them start with a new clustering."""
 
     def __init__(self, settings: Settings) -> None:
         self.first, self.end = settings.warmup_passes, settings.passes - settings.last_passes
@@ -68,18 +68,18 @@ def is_evaluated(passes_done: int, passes: int) -> bool:
 def apart(out: dict[str, Tensor], degrees: float) -> dict[str, Tensor]:
     r"""Features with a modality gap that no encoder can close.
 
-    Images :math:`(\cos\theta\, x, \sin\theta\, x)` and texts :math:`(x, 0)`: within a modality all similarities stay as they are,
-    between modalities they are :math:`\cos\theta` times what they were, and nothing at 90 degrees. A constant offset would not
-    do: it is the same for every candidate, and a softmax does not see it.
+    Images become :math:`(\cos\theta\, x, \sin\theta\, x)` and texts :math:`(x, 0)`. Similarities within a modality do not
+    change, those between modalities are multiplied by :math:`\cos\theta`, so they are 0 at 90 degrees. A constant offset
+    between the modalities would have no effect: it adds the same to every logit of a row, and softmax is invariant to that.
     """
-    share, own = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    images = {name: torch.cat([share * x, own * x], 1) for name, x in out.items() if name.startswith("image")}
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    images = {name: torch.cat([cos * x, sin * x], 1) for name, x in out.items() if name.startswith("image")}
     texts = {name: F.pad(x, (0, x.shape[1])) for name, x in out.items() if name.startswith("text")}
     return {**out, **images, **texts}
 
 
 def one_each(pairs: Pairs) -> Tensor:
-    """Rows of one drawing of each concept, which a hash of the concept picks, so that no style is left out."""
+    """Rows of one drawing per concept, picked by a hash of the concept, so that all styles occur."""
     rows: dict[int, list[int]] = {}
     for row, concept in enumerate(pairs.concepts.tolist()):
         rows.setdefault(concept, []).append(row)
@@ -89,7 +89,7 @@ def one_each(pairs: Pairs) -> Tensor:
 def shuffled_captions(pairs: Pairs) -> list[str]:
     """For each picture the caption of another concept, the same one for all pictures of a concept.
 
-    Concepts are numbered by a hash, so the next number is a concept that has nothing to do with it.
+    Concept numbers are hashes, so the concept with the next number is an unrelated one.
     """
     first: dict[int, str] = {}
     for concept, caption in zip(pairs.concepts.tolist(), pairs.captions, strict=True):
@@ -100,7 +100,7 @@ def shuffled_captions(pairs: Pairs) -> list[str]:
 
 
 def distillation(out: dict[str, Tensor], teacher: Tensor, settings: Settings) -> Tensor:
-    r"""The ordinary ways to learn from a teacher's features t, mean over image and text heads.
+    r"""Plain distillation of a teacher's features t, averaged over the image and the text head.
 
     cosine: :math:`1 - h \cdot t`. relational: :math:`\mathrm{KL}(\mathrm{softmax}(t t^T / \tau)\,\|\,
     \mathrm{softmax}(s_p h h^T))` over the other samples of the batch.

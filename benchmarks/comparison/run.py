@@ -1,10 +1,11 @@
-"""CLIP against ProtoCLIP: the same encoders, augmentation, optimizer, schedule, samples and loader; only the arms differ.
+"""Compare CLIP with ProtoCLIP: same encoders, augmentation, optimizer, schedule, samples and loader; only the arms differ.
 
-    python benchmarks/compare.py benchmarks/plans/final.json benchmarks/results/compare.csv --jobs 2
+    python -m benchmarks.comparison benchmarks/comparison/plans/final.json benchmarks/comparison/results/final.csv --jobs 2
 
-A plan names arms, their settings and their seeds. Each run appends a row per pass to the table when it is done, and a run that
-is there is not run again: stop it as you like and give the same line once more. `emoji_styles.py` makes the pictures first,
-`compare_report.py` reads the table. `--jobs` processes of one thread each do more work on as many cores than one of several.
+A plan lists arms with their settings and seeds. A run trains one arm with one seed. When it is done it appends one row per
+evaluated pass over the data to the table; runs that are in the table already are skipped, so the command can be interrupted
+and repeated. `benchmarks.comparison.emoji_styles` makes the pictures first, `benchmarks.comparison.report` reads the table.
+Several single-threaded processes (`--jobs`) have a higher throughput than one process with as many threads.
 """
 
 import argparse
@@ -38,7 +39,7 @@ FIELDS = (*ABOUT, *CLOCK, *STAGES, *COLUMNS)
 
 
 class Run(NamedTuple):
-    """One training run; `changed` holds the settings that differ from the defaults."""
+    """One training run: an arm with a seed. `changed` holds the settings that differ from the defaults."""
 
     arm: str
     seed: int
@@ -50,28 +51,28 @@ class Run(NamedTuple):
 
 
 def read_plan(path: Path, arms: list[str] | None = None, seeds: list[int] | None = None) -> list[Run]:
-    """The runs of a plan, all arms of a seed together, so that a table that is not finished has every arm.
+    """The runs of a plan, ordered by seed, so that an unfinished table holds every arm for the same seeds.
 
-    `arms` leaves out the others, `seeds` replaces those of the plan. Raises SystemExit for an arm or a setting that is not there.
+    `arms` selects some of the plan's arms, `seeds` replaces the plan's seeds. Unknown arms and settings raise SystemExit.
     """
     plan = json.loads(path.read_text())
     default = asdict(Settings())
     if unknown := set(arms or ()) - plan["arms"].keys():
-        raise SystemExit(f"{path}: there are no arms {sorted(unknown)}; there are {sorted(plan['arms'])}")
+        raise SystemExit(f"{path}: arms must be among {sorted(plan['arms'])}, got {sorted(unknown)}")
     runs = []
     for arm, wanted in plan["arms"].items():
         if arms and arm not in arms:
             continue
         chosen = {**plan.get("common", {}), **wanted.get("settings", {})}
         if unknown := chosen.keys() - default.keys():
-            raise SystemExit(f"{path}: arm {arm!r} has settings {sorted(unknown)}; there are {sorted(default)}")
+            raise SystemExit(f"{path}: settings of arm {arm!r} must be among {sorted(default)}, got {sorted(unknown)}")
         changed = {name: value for name, value in chosen.items() if value != default[name]}
         runs += [Run(arm, seed, changed) for seed in seeds or range(wanted.get("first_seed", 0), wanted["seeds"])]
     return sorted(runs, key=lambda run: run.seed)
 
 
 def finished(table: Path) -> set[tuple[str, ...]]:
-    """Keys of the runs that are in the table."""
+    """Keys of the runs in the table."""
     if not table.exists():
         return set()
     with table.open(newline="") as file:
@@ -79,7 +80,7 @@ def finished(table: Path) -> set[tuple[str, ...]]:
 
 
 def append(table: Path, run: Run, rows: Iterable[dict[str, Any]]) -> None:
-    """Add the rows of a run, all or none, also when another process adds its own; not twice."""
+    """Append the rows of a run, all or none and only once; safe with several processes writing to one table."""
     about = {
         **dict(zip(KEY, run.key, strict=True)),
         "version": protoclip_losses.__version__,
@@ -99,7 +100,7 @@ def append(table: Path, run: Run, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def run_one(run: Run, data: Path, table: Path) -> str:
-    """Train and evaluate one run and add it to the table; return a line for the log."""
+    """Train and evaluate one run and append it to the table; return a line for the log."""
     torch.set_num_threads(1)
     rows = list(train(Settings(**run.changed), run.seed, data))
     append(table, run, rows)
@@ -110,29 +111,35 @@ def run_one(run: Run, data: Path, table: Path) -> str:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.comparison",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("plan", type=Path)
-    p.add_argument("table", type=Path, help="CSV file that rows are appended to")
-    p.add_argument("--data", type=Path, default=Path("runs/emoji.npz"), help="what emoji_styles.py wrote")
-    p.add_argument("--arms", nargs="+", help="these of the plan only")
-    p.add_argument("--seeds", type=int, nargs="+", help="these instead of the plan's")
-    p.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    p.add_argument("table", type=Path, help="CSV file to append the rows to")
+    p.add_argument("--data", type=Path, default=Path("runs/emoji.npz"), help="file written by benchmarks.comparison.emoji_styles")
+    p.add_argument("--arms", nargs="+", help="run only these arms of the plan")
+    p.add_argument("--seeds", type=int, nargs="+", help="use these seeds, not the plan's")
+    p.add_argument("--jobs", type=int, default=1, help="number of runs in parallel, one thread each")
     args = p.parse_args()
     runs = read_plan(args.plan, args.arms, args.seeds)
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    left = [run for run in runs if run.key not in finished(args.table)]
-    print(f"{len(runs)} runs planned, {len(left)} left", flush=True)
-    if any(run.changed.get("w_external") or run.changed.get("distill") for run in left):
+    done = finished(args.table)
+    pending = [run for run in runs if run.key not in done]
+    print(f"{len(runs)} runs planned, {len(pending)} left", flush=True)
+    if any(run.changed.get("w_external") or run.changed.get("distill") for run in pending):
+        # Encode the captions once, before there are several processes that would all do it.
         pairs = load(args.data)
-        load_teacher(list(pairs.subset(splits(pairs)["train"]).captions), args.data)  # once, before there are several processes
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read where the workers start their threads
+        load_teacher(list(pairs.subset(splits(pairs)["train"]).captions), args.data)
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the workers read this when they start
     start = time.time()
-    # Spawned, because a forked process would inherit torch's threads in an unknown state.
+    # Spawn: a forked process would inherit torch's thread pools in an undefined state.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(run_one, run, args.data, args.table) for run in left]
-        for number, done in enumerate(as_completed(running), 1):
+        futures = [pool.submit(run_one, run, args.data, args.table) for run in pending]
+        for number, future in enumerate(as_completed(futures), 1):
             hours = (time.time() - start) / 3600
-            print(f"{time.strftime('%H:%M')} {number}/{len(left)}, {hours:.1f} h: {done.result()}", flush=True)
+            print(f"{time.strftime('%H:%M')} {number}/{len(pending)}, {hours:.1f} h: {future.result()}", flush=True)
 
 
 if __name__ == "__main__":

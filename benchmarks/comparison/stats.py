@@ -1,4 +1,4 @@
-"""The statistics of the comparison: what `compare_report.py` prints, from the rows of the table alone."""
+"""Statistics of the comparison, computed from the rows of its table alone; `report.py` prints them."""
 
 import csv
 import math
@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-Curve = list[dict[str, float]]  # a row per pass
+Curve = list[dict[str, float]]  # one row per evaluated pass
 
 
 def read_table(path: Path) -> dict[str, dict[int, Curve]]:
-    """Rows of each arm and seed, by pass. Raises ValueError for an arm that was run with two settings."""
+    """Rows of each arm and seed, in the order of passes. An arm that was run with different settings raises ValueError."""
     runs: dict[str, dict[int, Curve]] = {}
     settings: dict[str, str] = {}
     with path.open(newline="") as file:
@@ -26,7 +26,7 @@ def read_table(path: Path) -> dict[str, dict[int, Curve]]:
 
 
 class Interval(NamedTuple):
-    """A mean over n seeds, and its 95% confidence interval by Student's t."""
+    """Mean over n seeds with a 95% confidence interval (Student's t)."""
 
     mean: float
     low: float
@@ -35,12 +35,12 @@ class Interval(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0: significant at the 5% level."""
         return self.low > 0 or self.high < 0
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95% t interval; it is without bounds for a single value."""
+    """Mean and 95% t interval, which is infinite for a single value."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Interval(mean, -math.inf, math.inf, n)
@@ -49,7 +49,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def final(runs: Mapping[int, Curve], metric: str) -> dict[int, float]:
-    """The figure at the end of each seed's run, where there is one."""
+    """The last value of a metric for each seed whose run has it."""
     return {seed: curve[-1][metric] for seed, curve in sorted(runs.items()) if metric in curve[-1]}
 
 
@@ -58,32 +58,32 @@ RECALLS = tuple(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image"
 
 
 def score(runs: Mapping[int, Curve], part: str = "validation") -> float:
-    """What settings are chosen by: the mean of five figures and of the mean recall, over seeds."""
+    """The criterion for choosing settings: the mean of five metrics and the mean recall, averaged over seeds."""
     figures = [statistics.fmean(final(runs, f"{part}/{metric}").values()) for metric in SCORE]
     recall = statistics.fmean(value for metric in RECALLS for value in final(runs, f"{part}/{metric}").values())
     return statistics.fmean([*figures, recall])
 
 
 def scores(runs: Mapping[int, Curve]) -> dict[int, float]:
-    """The score of each seed."""
+    """:func:`score` of each seed."""
     return {seed: score({seed: curve}) for seed, curve in runs.items()}
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """Difference over the seeds that both have: what a seed decides (start, order, augmentation) is the same in both."""
+    """Paired difference over the seeds that both have; a seed fixes initialisation, order and augmentation in both."""
     both = ours.keys() & theirs.keys()
     return interval([ours[seed] - theirs[seed] for seed in sorted(both)]) if both else None
 
 
 def paired(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], metric: str) -> Interval | None:
-    """:func:`difference` of a figure at the end of the runs."""
+    """:func:`difference` of a metric at the end of the runs."""
     return difference(final(ours, metric), final(theirs, metric))
 
 
 def share_of_time(ours: Curve, theirs: Curve, metric: str, clock: str) -> float:
-    """Share of the other run's whole time at which ours first reaches the best figure that the other has at any pass.
+    """Time at which our run first reaches the other run's best value, as a share of the other run's total time.
 
-    Time is looked at where both are evaluated, after each pass, and not between. Infinite if ours never gets there.
+    Values are known after evaluated passes only and are not interpolated. Infinite if our run never reaches it.
     """
     best = max(row[metric] for row in theirs)
     reached = [row[clock] for row in ours if row[metric] >= best]
@@ -91,7 +91,7 @@ def share_of_time(ours: Curve, theirs: Curve, metric: str, clock: str) -> float:
 
 
 def mean_curve(runs: Mapping[int, Curve], metrics: Sequence[str]) -> Curve:
-    """The mean over seeds of each column, pass by pass."""
+    """Mean over seeds of each column, pass by pass."""
     curves = list(runs.values())
     return [{name: statistics.fmean(row[name] for row in rows) for name in metrics} for rows in zip(*curves, strict=True)]
 

@@ -1,7 +1,8 @@
-"""One run of the comparison: the one training loop that every arm goes through, read from top to bottom."""
+"""One run of the comparison: the single training loop that all arms share."""
 
 import os
 
+# Threads that spin while they wait slow down every other process of the machine; read when torch starts them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import time
@@ -24,22 +25,22 @@ from .arms import Schedule, Settings, apart, distillation, is_evaluated, one_eac
 from .emoji_styles import load, splits
 from .metrics import Evaluation
 
-EXTRACTION, TRAINING = 0, 1  # phases of a pass; each draws its own augmentation
-PROJECTION = 128  # width of h, and of the teacher's features
-WORDS = 16  # of a caption; nine of ten have no more
+EXTRACTION, TRAINING = 0, 1  # phases of a pass, each with its own random augmentation
+PROJECTION = 128  # width of the projected features and of the teacher's features
+WORDS = 16  # captions are truncated to this length; nine of ten are not longer
 
 
 def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]:
-    """Train, and yield a row of measurements where :func:`is_evaluated`; the last row holds the whole evaluation."""
+    """Train, and yield a row of metrics after each pass where :func:`is_evaluated`; the last row holds the full set."""
     pairs = load(data)
     rows = splits(pairs)
-    everything = pairs.subset(rows["train"])
-    captions = list(everything.captions) if settings.captions == "own" else shuffled_captions(everything)
-    chosen = one_each(everything) if settings.drawings == "one" else torch.arange(len(everything))
-    pool = everything.subset(chosen)
+    train_pairs = pairs.subset(rows["train"])
+    captions = list(train_pairs.captions) if settings.captions == "own" else shuffled_captions(train_pairs)
+    chosen = one_each(train_pairs) if settings.drawings == "one" else torch.arange(len(train_pairs))
+    pool = train_pairs.subset(chosen)
     model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
-    # Convolutions in bfloat16 are twice as fast; the text encoder is not, and losses are in float32.
+    # bfloat16 makes the convolutions twice as fast but not the text encoder; the losses are in float32.
     model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
     tokens = inputs.tokenize(captions)[chosen]
     evaluation = Evaluation(pairs, rows, inputs, settings.judged_on)
@@ -88,9 +89,10 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
             assert bank is not None
             with clock.stage("clustering"):
                 external = teachers if settings.w_external else {}
-                loss.set_prototypes(clusterer.build(bank, external))
-            assert clusterer.report is not None
-            clock.cpu["back_translation"] += clusterer.report.seconds["back_translate"]
+                prototypes = clusterer.build(bank, external)
+                loss.set_prototypes(prototypes)
+            assert prototypes.report is not None
+            clock.cpu["back_translation"] += prototypes.report.seconds["back_translate"]
 
         model.train()
         if settings.features == "training":
@@ -127,7 +129,7 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
 
 
 def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: float) -> dict[str, Tensor]:
-    """What the loss takes; plain CLIP does not pay for heads."""
+    """The arguments of the loss; plain CLIP does not compute the heads."""
     image, text = (z.float() for z in model.encode(crops, tokens))
     out = {
         "image_features": F.normalize(image, dim=1),
@@ -144,18 +146,18 @@ def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: 
 
 
 def load_teacher(captions: list[str], data: Path) -> TeacherAdapter:
-    """MiniLM's features of the training captions; encoded on the first call, read from a file beside `data` after it."""
+    """MiniLM's features of the training captions: encoded on the first call, then cached in the folder of `data`."""
     cache = data.with_name("minilm.npy")
     encoder = minilm_encoder(torch.device("cpu")) if not cache.exists() else _no_encoder
     return TeacherAdapter.from_encoder(encoder, captions, cache=cache, dim=PROJECTION)
 
 
 def _no_encoder(captions: list[str]) -> Tensor:
-    raise SystemExit("the file of teacher features is not complete: delete it and start again")
+    raise SystemExit("minilm.npy must hold a feature for every training caption: delete it and start again")
 
 
 class Clock:
-    """Seconds by stage, of the wall and of this process's CPU; a machine that is shared stretches the former only."""
+    """Wall and CPU seconds of this process by stage; on a shared machine only CPU time is comparable between runs."""
 
     def __init__(self) -> None:
         self.wall: defaultdict[str, float] = defaultdict(float)
@@ -169,7 +171,7 @@ class Clock:
         self.cpu[name] += time.process_time() - cpu
 
     def columns(self) -> dict[str, float]:
-        # Loss is a part of training, back translation one of clustering.
+        # Not summed: the loss is part of training, and back translation is part of clustering.
         stages = ("extraction", "clustering", "training")
         return {
             "wall_s": sum(self.wall[stage] for stage in stages),

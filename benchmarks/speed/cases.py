@@ -1,4 +1,4 @@
-"""What benchmarks/losses.py times: one class per kind of work, with our call, its peers and its floor under equal names."""
+"""The cases that `losses.py` measures: one class per operation, with our call, other implementations, and a lower bound."""
 
 import importlib
 import importlib.util
@@ -19,22 +19,23 @@ Results = tuple[Tensor, ...]
 
 
 class Case:
-    """One kind of work at one size. ``bytes_of`` says what a call that holds everything at once would take."""
+    """One operation at one size."""
 
     def calls(self) -> dict[str, Call]:
-        """Our call first, then peers, then floors (named floor...)."""
+        """Our call first, then other implementations, then lower bounds (named floor...)."""
         raise NotImplementedError
 
     def truth(self) -> Results | None:
-        """Loss and gradients in float64, or None where that would be too large."""
+        """Loss and gradients in float64, or None where that would not fit in memory."""
         return None
 
     def bytes_of(self, call: str) -> int:
+        """Estimated memory of a call that materialises its whole matrix, and 0 for the others."""
         return 0
 
 
 class PrototypeCase(Case):
-    """B student features against K prototypes, hard or soft targets; "module" is PrototypeLoss on raw centroids."""
+    """B student features against K prototypes, with hard or soft targets; "module" is PrototypeLoss on centroids."""
 
     def __init__(self, kind: str, dtype: str, batch: int, columns: int, width: int, device: str) -> None:
         torch.manual_seed(0)
@@ -43,15 +44,15 @@ class PrototypeCase(Case):
         self.labels = torch.randint(columns, (batch,), device=device)
         self.features = F.normalize(self.prototypes[self.labels] + 0.15 * torch.randn(batch, width, device=device), dim=1)
         self.scale = torch.tensor(SCALE, device=device)
-        self.low = DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
         self.targets = functional.soft_targets(self.centroids, self.prototypes, 0.1) if kind == "soft" else None
         self.module = PrototypeLoss(target_temperature=0.1)
 
     def calls(self) -> dict[str, Call]:
-        rows = rows_per_block(len(self.prototypes), self.low, None)
+        rows = rows_per_block(len(self.prototypes), self.dtype, None)
         calls: dict[str, Call] = {"ours": self.ours, "compiled": self.compiled, "dense": self.dense}
         if self.device == "cuda":
-            calls |= self.triton_peers()
+            calls |= self.triton_calls()
         return calls | {"floor": lambda: self.floor(rows), "floor64": lambda: self.floor(64)}
 
     def truth(self) -> Results:
@@ -62,9 +63,9 @@ class PrototypeCase(Case):
 
     def leaves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            self.features.to(self.low).to(dtype).detach().clone().requires_grad_(),
+            self.features.to(self.dtype).to(dtype).detach().clone().requires_grad_(),
             self.scale.to(torch.promote_types(dtype, torch.float32)).detach().clone().requires_grad_(),
-            self.prototypes.to(self.low).to(dtype),
+            self.prototypes.to(self.dtype).to(dtype),
         )
 
     def loss(self, h: Tensor, s: Tensor, p: Tensor) -> Tensor:
@@ -73,17 +74,17 @@ class PrototypeCase(Case):
         return functional.prototype_cross_entropy(h, p, self.labels, s, targets=self.targets)
 
     def ours(self) -> Results:
-        h, s, p = self.leaves(self.low)
+        h, s, p = self.leaves(self.dtype)
         return _backward(self.loss(h, s, p), h, s)
 
     def compiled(self) -> Results:
         if not hasattr(self, "_compiled"):
             self._compiled = torch.compile(self.loss, fullgraph=True)
-        h, s, p = self.leaves(self.low)
+        h, s, p = self.leaves(self.dtype)
         return _backward(self._compiled(h, s, p), h, s)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Results:
-        """As the public code has it: a B x K softmax of the teacher for soft targets, in every call."""
+        """As ProtoCLIP's published code does it: for soft targets, a B x K softmax of the teacher in every call."""
         h, s, p = self.leaves(dtype)
         logits = s.to(dtype) * h @ p.T
         if self.kind == "hard":
@@ -92,16 +93,16 @@ class PrototypeCase(Case):
         return _backward(F.cross_entropy(logits, ((centroids[self.labels] @ centroids.T) / 0.1).softmax(1)), h, s)
 
     def floor(self, rows: int) -> None:
-        """The two products that forward and backward cannot do without, on blocks of ``rows`` rows."""
-        h, _, p = self.leaves(self.low)
+        """The two matrix products that forward and backward need at least, on blocks of ``rows`` rows."""
+        h, _, p = self.leaves(self.dtype)
         h = h.detach()
         out, block = torch.empty_like(h), h.new_empty((rows, len(p)))
         for start in range(0, len(h), rows):
             torch.mm(h[start : start + rows], p.T, out=block[: len(h) - start])
             torch.mm(block[: len(h) - start], p, out=out[start : start + rows])
 
-    def triton_peers(self) -> dict[str, Call]:
-        """Fused linear cross-entropies with hard labels, for those that are installed. They take the scale within h."""
+    def triton_calls(self) -> dict[str, Call]:
+        """Those fused linear cross-entropies (hard labels) that are installed. The scale is multiplied into h for them."""
         calls: dict[str, Call] = {}
         if self.kind == "hard" and installed("cut_cross_entropy"):
             cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
@@ -112,7 +113,7 @@ class PrototypeCase(Case):
         return calls
 
     def _scaled(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Results:
-        h, s, p = self.leaves(self.low)
+        h, s, p = self.leaves(self.dtype)
         return _backward(loss((h * s).to(h.dtype), p), h, s)
 
 
@@ -149,7 +150,7 @@ class PairCase(Case):
         return self._run(functional.info_nce)
 
     def streamed(self) -> Results:
-        """As beyond the budget: nothing kept between the passes."""
+        """As for batches beyond the memory budget: no logits are kept between the two passes."""
         with without_logits_budget():
             return self._run(functional.info_nce)
 
@@ -161,7 +162,7 @@ class PairCase(Case):
         return self._run(loss, dtype)
 
     def floor(self, products: int) -> None:
-        """Three or four products of B x B x d, on blocks of rows."""
+        """Three or four matrix products of B x B x d, on blocks of rows."""
         rows = rows_per_block(len(self.image), torch.float32, None)
         out, back = torch.empty_like(self.image), torch.zeros_like(self.text)
         block = self.image.new_empty((rows, len(self.image)))
@@ -174,7 +175,7 @@ class PairCase(Case):
 
 
 class BackTranslationCase(Case):
-    """Means of N features over K clusters."""
+    """Means of N features in K clusters."""
 
     def __init__(self, samples: int, columns: int, width: int, device: str) -> None:
         torch.manual_seed(0)
@@ -231,7 +232,7 @@ class TargetsCase(Case):
 
 
 def make(name: str, device: str) -> Case:
-    """The case of a name such as soft/float32/4096/20000/128, pairs/8192/512, pbt/200000/20000/128 or targets/50000/128."""
+    """The case with a name such as soft/float32/4096/20000/128, pairs/8192/512, pbt/200000/20000/128 or targets/50000/128."""
     kind, *rest = name.split("/")
     if kind == "pairs":
         return PairCase(int(rest[0]), int(rest[1]), device)

@@ -1,14 +1,14 @@
-"""K-means of an episode, from features to labels: the engines against faiss's own ``Kmeans``, at ten rows per centroid.
+"""K-means of an episode, from features to labels: our engines and faiss's own ``Kmeans``, with ten rows per centroid.
 
-    python benchmarks/clustering.py                                    # synthetic features, 60,000 rows: 12 minutes on 2 cores
-    python benchmarks/clustering.py --cases features.npy --repeats 2    # your own (N, D) rows
-    python benchmarks/clustering.py --cases mixture/200000/20000/128 --repeats 1 --peer-redo 1
-    python benchmarks/clustering.py --memory     # peak memory at N = 1,000,000 and K = 5,000
-    python benchmarks/clustering.py --ranks 1 2  # processes of one thread each, which share the rows
-    python benchmarks/clustering.py --csv out.csv
+    python -m benchmarks.speed.clustering                     # synthetic features, 60,000 rows: 12 minutes on 2 cores
+    python -m benchmarks.speed.clustering --cases features.npy --repeats 2    # your own features (N, D)
+    python -m benchmarks.speed.clustering --cases mixture/200000/20000/128 --repeats 1 --peer-redo 1
+    python -m benchmarks.speed.clustering --memory            # peak memory at N = 1,000,000 and K = 5,000
+    python -m benchmarks.speed.clustering --ranks 1 2         # distributed over processes of one thread each
+    python -m benchmarks.speed.clustering --csv out.csv
 
-The peer is ``faiss.Kmeans(niter=20, nredo=3)`` on all rows and a search of its index for the labels. Round r gives every engine
-seed r, and the engines take turns in it. Objectives are sums of squared distances to the labels' centroids, in float64.
+The reference is ``faiss.Kmeans(niter=20, nredo=3)`` on all rows, with labels from a search of its index. Round r runs all engines
+one after the other with seed r. Objectives are sums of squared distances to the assigned centroids, in float64.
 """
 
 import argparse
@@ -39,7 +39,7 @@ MEMORY = ("torch/float32", "torch/float16", "faiss/float32")
 
 
 def features_of(case: str) -> tuple[Tensor, int]:
-    """Rows and K: a mixture of N / 10 groups, the whole sphere, or a file's rows."""
+    """Features and K: a mixture of N / 10 groups, uniform on the sphere, or the rows of a file."""
     if case.endswith(".npy"):
         features = torch.from_numpy(np.load(case)).float()
         return features, len(features) // 10
@@ -86,7 +86,7 @@ def superkmeans(features: Tensor, columns: int, seed: int) -> tuple[Tensor, Tens
 
 
 def calls_of(peer_redo: int) -> dict[str, Fit]:
-    """What is timed against what."""
+    """The engines that are compared, by name."""
     calls = {"torch": ours("torch"), "faiss": ours("faiss"), f"faiss itself, nredo={peer_redo}": peer(peer_redo)}
     try:
         import superkmeans as _  # noqa: F401
@@ -103,15 +103,15 @@ def objective(features: Tensor, centroids: Tensor, labels: Tensor) -> float:
 def memory_of(case: str) -> int:
     backend, dtype = case.split("/")
     features = torch.randn(1_000_000, 32, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
-    ours(backend)(features[:1000].clone(), 100, 0)  # thread pools and lazy imports are not the call's memory
+    ours(backend)(features[:1000].clone(), 100, 0)  # warm-up: thread pools and lazy imports must not count
     return peak_extra_bytes(lambda: EpisodicClusterer(5000, backend=backend, niter=2).fit(features))
 
 
 def on_rank(rank: int, world_size: int, case: str, folder: str) -> None:
-    """Time of K-means over all ranks, and the first rank's memory, on its last line."""
+    """Write the time of K-means over all ranks, and the memory of rank 0, to a file in ``folder``."""
     torch.set_num_threads(1)
-    meet = f"file://{folder}/{world_size}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
+    init_method = f"file://{folder}/{world_size}"
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
     features, columns = features_of(case)
     own = features[rank::world_size].clone()
     del features
@@ -145,12 +145,12 @@ def over_ranks(case: str, world_sizes: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=CASES, help="mixture/N/K/D, sphere/N/K/D, or a .npy file of N rows")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, each with a seed of its own")
-    parser.add_argument("--engines", nargs="*", help="of ours and superkmeans; default: all that are installed")
-    parser.add_argument("--peer-redo", type=int, default=3, help="nredo of faiss itself; its time is proportional to it")
-    parser.add_argument("--csv", help="also write every time and objective as a row of this file")
-    parser.add_argument("--memory", action="store_true", help="measure memory and nothing else")
-    parser.add_argument("--ranks", nargs="*", type=int, help="numbers of processes to measure, and nothing else")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds, each with its own seed")
+    parser.add_argument("--engines", nargs="*", help="some of torch, faiss and superkmeans; default: all that are installed")
+    parser.add_argument("--peer-redo", type=int, default=3, help="nredo of faiss's own Kmeans; its time is proportional to it")
+    parser.add_argument("--csv", help="also write the time and the objective of every fit to this file")
+    parser.add_argument("--memory", action="store_true", help="measure only memory")
+    parser.add_argument("--ranks", nargs="*", type=int, help="measure only the time with these numbers of processes")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -180,7 +180,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in calls}
         objectives: dict[str, list[float]] = {name: [] for name in calls}
         for fit in calls.values():
-            fit(features[:2000], 200, 0)  # not counted
+            fit(features[:2000], 200, 0)  # warm-up, not counted
         for seed in range(args.repeats):
             for name, fit in calls.items():
                 start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Time and memory of the losses over batch and number of prototypes, as a picture.
+"""Plot time and memory of the losses over the batch size and the number of prototypes.
 
-    python benchmarks/curves.py benchmarks/results/curves.csv docs/_static/cost.png
+    python -m benchmarks.speed.curves benchmarks/speed/results/curves.csv docs/_static/cost.png
 
-The measurements are those of losses.py, about 6 minutes on 2 cores; where the CSV file exists it is drawn as it is.
+If the CSV file does not exist, it is measured first by benchmarks.speed.losses, in about 6 minutes on 2 cores.
 """
 
+import argparse
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,11 +51,14 @@ def draw(
 
 
 def main() -> None:
-    source, picture = Path(sys.argv[1]), Path(sys.argv[2])
-    if not source.exists():
-        measure(source)
-    with source.open() as file:
-        where = file.readline().removeprefix("# ").strip()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path, help="CSV file of the measurements")
+    parser.add_argument("figure", type=Path, help="PNG file to write")
+    args = parser.parse_args()
+    if not args.csv.exists():
+        measure(args.csv)
+    with args.csv.open() as file:
+        machine = file.readline().removeprefix("# ").strip()
         rows = {(row["case"], row["call"]): row for row in csv.DictReader(file)}
     figure, axes = plt.subplots(2, len(SWEEPS), figsize=(11, 6), sharex="col", layout="constrained")
     for column, (title, (by, name, sizes)) in enumerate(SWEEPS.items()):
@@ -66,8 +69,8 @@ def main() -> None:
     for axis in axes.flat:
         axis.grid(True, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(where, fontsize=8, color="0.4")
-    figure.savefig(picture, dpi=110)
+    figure.supxlabel(machine, fontsize=8, color="0.4")
+    figure.savefig(args.figure, dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Real features for benchmarks/clustering.py, 60,000 rows of width 128, from the example's data.
+"""Real features for `clustering.py`: 60,000 rows of width 128, from the data of the example.
 
-python benchmarks/features.py captions captions.npy                        # MiniLM's, of captions and parts of captions
+python -m benchmarks.speed.features captions captions.npy    # MiniLM's features of captions and parts of captions
+
 python examples/train_cc3m.py --episodes 5 --run-dir runs/features
-python benchmarks/features.py pictures pictures.npy --run-dir runs/features  # the trained model's, of augmented pictures
+python -m benchmarks.speed.features pictures pictures.npy --run-dir runs/features    # the trained model's, of pictures
 """
 
 import argparse
@@ -23,7 +24,7 @@ from protoclip_losses.teachers import PCA
 
 
 def captions(rows: int) -> Tensor:
-    """MiniLM's embeddings of distinct captions, each some of the names and tags of one emoji, reduced by PCA."""
+    """MiniLM's embeddings of distinct captions, random subsets of an emoji's name and tags, reduced by PCA."""
     draw, found = random.Random(0), set()
     for caption in emoji_pairs(32, ("twemoji",)).captions:
         words = caption.split(", ")
@@ -33,12 +34,12 @@ def captions(rows: int) -> Tensor:
     draw.shuffle(texts)
     encode = minilm_encoder(torch.device("cpu"))
     texts = texts[:rows]
-    wide = F.normalize(torch.cat([encode(texts[i : i + 512]).float() for i in range(0, len(texts), 512)]), dim=1)
-    return F.normalize(PCA.fit([wide], 128)(wide), dim=1)
+    features = F.normalize(torch.cat([encode(texts[i : i + 512]).float() for i in range(0, len(texts), 512)]), dim=1)
+    return F.normalize(PCA.fit([features], 128)(features), dim=1)
 
 
 def pictures(rows: int, run_dir: Path) -> Tensor:
-    """The image head's output for pictures under the example's augmentation, each several times."""
+    """Projected image features of pictures under the example's augmentation, several views of each."""
     model, inputs = build_model("small", 0, 128, 512, "batch")
     checkpoint = run_dir / json.loads((run_dir / "checkpoint.json").read_text())["folder"] / "shared.pt"
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
@@ -46,9 +47,9 @@ def pictures(rows: int, run_dir: Path) -> Tensor:
     pairs = emoji_pairs(32)
 
     def blocks() -> Iterator[Tensor]:
-        every = torch.arange(len(pairs))
+        rows = torch.arange(len(pairs))
         for episode in range(1000):
-            for index in torch.split(every, 512)[: len(pairs) // 512]:  # whole blocks
+            for index in torch.split(rows, 512)[: len(pairs) // 512]:  # full blocks only
                 texts = inputs.tokenize([pairs.captions[int(i)] for i in index])
                 yield model(inputs.augment(pairs.pictures[index], index, 0, episode, 0), texts)["image_features_projected"]
 
@@ -58,12 +59,12 @@ def pictures(rows: int, run_dir: Path) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("captions", "pictures"))
-    parser.add_argument("file")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/features"))
+    parser.add_argument("kind", choices=("captions", "pictures"), help="what the features are of")
+    parser.add_argument("file", help="NPY file to write")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/features"), help="run of the trained model, for pictures")
     parser.add_argument("--rows", type=int, default=60_000)
     args = parser.parse_args()
-    np.save(args.file, captions(args.rows) if args.what == "captions" else pictures(args.rows, args.run_dir))
+    np.save(args.file, captions(args.rows) if args.kind == "captions" else pictures(args.rows, args.run_dir))
 
 
 if __name__ == "__main__":

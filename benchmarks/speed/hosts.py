@@ -1,13 +1,13 @@
-"""Time and memory of a host's training step with ProtoLoss, over the same host's step without it.
+"""Time and memory of a training step with ProtoLoss, relative to the step without it in the same host.
 
-    python benchmarks/hosts.py --host own_loop       # or open_clip, transformers, lightning
-    python benchmarks/hosts.py --host open_clip --model ViT-B-32 --batch 32 --prototypes 2000
+    python -m benchmarks.speed.hosts --host own_loop       # or open_clip, transformers, lightning
+    python -m benchmarks.speed.hosts --host open_clip --model ViT-B-32 --batch 32 --prototypes 2000
 
-The calls run in one process, A B C D A B C D: the same model and batch; a step is forward, loss, backward and AdamW. "without":
-the host's own loss, no heads. "with": heads and prototype terms of an episode that was clustered before. "online": prototypes
-from a queue, their renewal included. "extraction": no step, but the forward pass into the feature bank that an episode begins
-with. Memory is the rise of the process's peak during one call, each in a process of its own. Models of the other hosts are the
-small ones of the examples, whose step is mostly loss.
+The calls run in one process in the order A B C D A B C D, with the same model and batch. A step is forward, loss, backward and
+AdamW. "without": the host's own loss, no heads. "with": projection heads, and the prototype terms of an episode that is already
+clustered. "online": prototypes from a queue, including their updates. "extraction": no step, only the forward pass into the
+feature bank at the start of an episode. Memory is the increase of the process's peak during one call, with a new process for
+each. open_clip's models are real ones; the other hosts use the small models of the examples, whose step is mostly the loss.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HOSTS = ("own_loop", "open_clip", "transformers", "lightning")
 
 
 def build(host: str, model: str) -> tuple[Any, Any, Any, Any]:
-    """(plain model, model with heads, the plain loss of a batch, the arguments of ProtoLoss for a batch)."""
+    """(plain model, model with heads, function to the plain loss, function to the arguments of ProtoLoss)."""
     torch.manual_seed(0)
     if host == "open_clip":
         import open_clip
@@ -44,12 +44,12 @@ def build(host: str, model: str) -> tuple[Any, Any, Any, Any]:
         from protoclip_losses.integrations.transformers import add_heads as add
 
         small = small_model()
-        names = ("pixel_values", "input_ids")
         return (
             small,
             add(copy.deepcopy(small)),
-            lambda m, b: m(**dict(zip(names, b, strict=True)), return_loss=True).loss,
-            lambda m, b: m(**dict(zip(names, b, strict=True))),
+            lambda m, b: m(pixel_values=b[0], input_ids=b[1], return_loss=True).loss,
+            # In eval mode forward returns what a CLIPModel always returns; the arguments of the loss come from `features`.
+            lambda m, b: m(pixel_values=b[0], input_ids=b[1]) if m.training else m.features(*b, None, None),
         )
     from protoclip_losses import InfoNCE
 
@@ -76,7 +76,7 @@ class _NoHeads(nn.Module):
 
 
 def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict[str, Call]:
-    """One call of each kind."""
+    """The calls, by name."""
     plain, headed, plain_loss, arguments = build(host, model)
     side, length, words = 32, 12, 1000
     if host == "open_clip":
@@ -90,10 +90,10 @@ def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict
     bank.update(bank.index, *h)
     proto = ProtoLoss()
     proto.set_prototypes(EpisodicClusterer(prototypes, niter=2).build(bank))
-    renewed = OnlinePrototypes(prototypes, rows, every=rows // batch, warmup=1)
-    renewed.update({"image": h[0], "text": h[1]}, {})
+    queue = OnlinePrototypes(prototypes, rows, every=rows // batch, warmup=1)
+    queue.update({"image": h[0], "text": h[1]}, {})
     online = ProtoLoss()
-    online.set_prototypes(renewed)
+    online.set_prototypes(queue)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (plain, headed)]
     index = torch.arange(batch)
 
@@ -120,16 +120,16 @@ def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", choices=HOSTS, required=True)
-    parser.add_argument("--model", default="ViT-B-32", help="of open_clip")
+    parser.add_argument("--model", default="ViT-B-32", help="name of the open_clip model")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prototypes", type=int, default=2000)
-    parser.add_argument("--rows", type=int, default=20_000, help="samples of the episode")
+    parser.add_argument("--rows", type=int, default=20_000, help="samples in the episode")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory-of", choices=CALLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     calls = steps(args.host, args.model, args.batch, args.prototypes, args.rows)
     if args.memory_of:
-        calls[args.memory_of]()  # optimizer state and thread pools are there before the first counted step
+        calls[args.memory_of]()  # warm-up: optimizer state and thread pools must not count
         print(json.dumps({"bytes": peak_extra_bytes(calls[args.memory_of])}))
         return
     print(machine("cpu"))

@@ -1,14 +1,19 @@
-"""The losses against the dense expression, against open_clip, and against the floor: the bare matrix products.
+"""Time, memory and error of the losses, compared with the dense expression, open_clip and the matrix products alone.
 
-    python benchmarks/losses.py                  # the table, about 10 minutes on 2 cores
-    python benchmarks/losses.py --large          # sizes at which nothing else fits: minutes for each call
-    python benchmarks/losses.py --device cuda    # the same on a GPU, beside the Triton kernels that are installed
-    python benchmarks/losses.py --csv out.csv    # rows for the figures of the documentation
+    python -m benchmarks.speed.losses                  # the table, about 10 minutes on 2 cores
+    python -m benchmarks.speed.losses --large          # sizes that fit in memory with this library only: minutes per call
+    python -m benchmarks.speed.losses --device cuda    # the same on a GPU, with the Triton kernels that are installed
+    python -m benchmarks.speed.losses --csv out.csv    # also write the rows to a file, as benchmarks.speed.curves needs them
 
-Losses are forward + backward with gradients for features and scale, timed A B C A B C in one process. The error is that of
-the very call that is timed, against a float64 evaluation of the formula. Memory is the rise of the process's peak during one
-call, each in a process of its own. "compiled" is our call under torch.compile(fullgraph=True). A call that would not fit in
-the memory that is free is left out.
+Losses are forward + backward with gradients for features and scale, timed in the order A B C A B C in one process. The error is
+that of the call that is timed, against a float64 evaluation of the formula. Memory is the increase of the process's peak during
+one call, with a new process for each. "compiled" is our call under torch.compile(fullgraph=True). "floor" is a lower bound:
+the matrix products alone. Calls that would not fit in free memory are skipped.
+
+To measure another version of the library, put the folder that contains its protoclip_losses first, and keep Python (3.11 or
+later) from putting the current folder before it:
+
+    PYTHONPATH=../other-version:. python -P -m benchmarks.speed.losses
 """
 
 import argparse
@@ -16,6 +21,8 @@ import csv
 import json
 import statistics
 from pathlib import Path
+
+import protoclip_losses
 
 from .cases import Case, Results, installed, make
 from .measure import csv_table, free_bytes, in_new_process, interleaved, machine, peak_extra_bytes, ratio
@@ -38,24 +45,24 @@ LARGE = ("soft/float32/65536/20000/128", "pairs/65536/512", "targets/50000/128")
 
 
 def error(ours: Results, truth: Results) -> float:
-    """Largest difference in loss and gradients, each relative to the largest entry of the truth."""
+    """Largest error in loss and gradients, each relative to the largest entry of the float64 result."""
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, truth, strict=True))
 
 
 def small(name: str) -> str:
-    """The same kind of work, tiny: thread pools and lazy imports are not the call's memory."""
+    """The same case at a tiny size, as a warm-up: thread pools and lazy imports must not count as memory of the call."""
     kind, *rest = name.split("/")
     return "/".join([kind, *("64" if x.isdigit() else x for x in rest)])
 
 
 def memory(name: str, call: str, device: str) -> str:
-    """Megabytes that one call adds to the peak of a new process."""
+    """Megabytes by which one call raises the peak of a new process."""
     result = in_new_process("benchmarks.speed.losses", "--device", device, "--memory-of", name, call)
     return f"{result['bytes'] / 2**20:.0f}"
 
 
 def fitting(case: Case, device: str, only: list[str] | None) -> list[str]:
-    """The calls that fit in the memory that is free."""
+    """The calls that fit in free memory."""
     return [c for c in case.calls() if case.bytes_of(c) < 0.8 * free_bytes(device) and (not only or c in only)]
 
 
@@ -64,10 +71,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", nargs="*", help="kind/dtype/B/K/D, pairs/B/d, pbt/N/K/D or targets/K/D")
-    parser.add_argument("--calls", nargs="*", help="only these columns")
-    parser.add_argument("--large", action="store_true", help=f"the cases {' '.join(LARGE)}, our call alone, once")
-    parser.add_argument("--rst", help="also write the table to this file, as the documentation includes it")
-    parser.add_argument("--csv", help="also write every time and peak as a row of this file")
+    parser.add_argument("--calls", nargs="*", help="only these calls of each case, such as ours, dense, floor")
+    parser.add_argument("--large", action="store_true", help=f"the cases {' '.join(LARGE)}, our call only, once")
+    parser.add_argument("--rst", help="also write the table to this RST file, which the documentation includes")
+    parser.add_argument("--csv", help="also write the rows of the table to this CSV file")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CALL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -78,6 +85,7 @@ def main() -> None:
         return
     names = args.cases or (LARGE if args.large else CASES)
     only, repeats = (["ours"], 1) if args.large else (args.calls, args.repeats)
+    print(f"protoclip_losses {protoclip_losses.__version__} in {Path(protoclip_losses.__file__).parent}")
     print(machine(args.device))
     print(f"| {' | '.join(HEADER)} |\n{'|---' * len(HEADER)}|")
     rows = []
@@ -97,9 +105,9 @@ def main() -> None:
             print(f"| {' | '.join(rows[-1])} |", flush=True)
         del case, calls, truth
     if not installed("open_clip"):
-        print("open_clip is not installed here: its rows are left out")
+        print("open_clip is not installed: its rows are left out")
     if args.device == "cpu":
-        print("No CUDA device was asked for: rows of the Triton kernels (liger-kernel, cut-cross-entropy, inf-cl) are left out")
+        print("Without --device cuda the rows of the Triton kernels (liger-kernel, cut-cross-entropy, inf-cl) are left out")
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             file.write(f"# {machine(args.device)}\n")

@@ -1,4 +1,4 @@
-"""How everything here is measured: interleaved in one process, medians with their spread, memory in a process of its own."""
+"""How everything here is measured: time interleaved in one process, as medians with ranges; memory in a new process each."""
 
 import csv
 import gc
@@ -24,7 +24,7 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu", warm: bool = True) -> dict[str, list[float]]:
-    """Milliseconds of each call, A B C A B C ..., after one call of each that is not counted (unless not ``warm``)."""
+    """Milliseconds of each call, in the order A B C A B C ..., after one warm-up round that is not counted if ``warm``."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for counted in [False] * warm + [True] * repeats:
         for name, call in calls.items():
@@ -38,13 +38,13 @@ def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu",
 
 
 def ratio(times: Mapping[str, list[float]], a: str, b: str) -> str:
-    """Median over the rounds of a/b, each round's two calls next to each other in time, and the range."""
+    """Median and range of a / b over the rounds, that is, over calls close to each other in time."""
     rounds = [x / y for x, y in zip(times[a], times[b], strict=True)]
     return f"{statistics.median(rounds):.2f} [{min(rounds):.2f}, {max(rounds):.2f}]"
 
 
 def peak_extra_bytes(call: Call, device: str = "cpu") -> int:
-    """Bytes by which one call raises the peak of this process's resident memory (on CUDA: of allocated memory)."""
+    """Bytes by which one call raises this process's peak resident memory (on CUDA: peak allocated memory)."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -53,7 +53,7 @@ def peak_extra_bytes(call: Call, device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
@@ -65,7 +65,7 @@ def _status(field: str) -> int:
 
 
 def free_bytes(device: str = "cpu") -> int:
-    """Memory that a call may take without going to disk."""
+    """Memory that is available without swapping."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
@@ -90,7 +90,7 @@ def in_new_process(module: str, *arguments: str) -> dict[str, float]:
 
 
 def machine(device: str) -> str:
-    """One line for the table: what it ran on."""
+    """The hardware and the versions, as one line for the title of a table."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
@@ -98,7 +98,7 @@ def machine(device: str) -> str:
 
 
 def csv_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table for the pages. At signs are escaped, or "R@10" would be a mail address."""
+    """A csv-table for the documentation. At signs are escaped, or "R@10" would become a mail address."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(header), *map(list, rows)])
     body = "".join(f"   {line}\n" for line in text.getvalue().replace("@", r"\@").splitlines())

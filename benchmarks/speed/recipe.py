@@ -1,11 +1,11 @@
-"""The CC3M recipe's time and memory, by stage: what this machine measures of each stage, times how often the recipe runs it.
+"""Estimated time and memory of the CC3M recipe by stage: the cost of each stage here, times how often the recipe runs it.
 
-    python benchmarks/recipe.py --rst benchmarks/results/recipe.rst     # needs open_clip; 12 minutes on 2 cores
+    python -m benchmarks.speed.recipe --rst benchmarks/speed/results/recipe.rst     # needs open_clip; 12 minutes on 2 cores
 
-Steps and extraction are ratios to CLIP's step of the same model and batch (`hosts.py`), turned into hours by what the paper says
-of CLIP on one GPU, or by `--clip-hours` of yours. Clustering is in seconds of this machine's processor, of which each process is
-taken to have its own: K-means of image, text and one teacher with three starts each, back translation, and targets, on mixtures
-of as many groups as there are prototypes. Decoding of pictures is the loader's and not counted.
+Training and extraction are measured relative to CLIP's step with the same model and batch (`hosts.py`). Hours follow from the
+paper's time for CLIP on one GPU, or from your own (`--clip-hours`). Clustering is measured in seconds on this machine's CPU, of
+which each process is assumed to have one: K-means of image, text and one teacher with `nredo=3` each, back translation, and
+targets, on mixtures of as many groups as there are prototypes. Decoding of pictures by the data loader is not included.
 """
 
 import argparse
@@ -27,13 +27,14 @@ STAGES = {
     "online": "training with online prototypes, renewal included",
     "extraction": "extraction",
 }
-MODES = {"without": (), "with": ("episodic",), "online": ("online",), "extraction": ("episodic",)}  # what adds up
-PUBLISHED_HOURS = 1.03 * 24  # of the paper's CLIP on one 2080 Ti, for as many samples as RECIPES["one GPU"] has
+# The totals that each stage is part of.
+MODES = {"without": (), "with": ("episodic",), "online": ("online",), "extraction": ("episodic",)}
+PUBLISHED_HOURS = 1.03 * 24  # the paper's CLIP on one 2080 Ti, for as many samples as RECIPES["one GPU"]
 RECIPES = {"one GPU": (100, 1), "eight GPUs": (400, 8)}  # episodes, processes
 
 
 def clustering(rows: int, prototypes: int, width: int, teacher: int) -> tuple[float, float]:
-    """Seconds and MB of one episode's `build` from a filled bank."""
+    """Seconds and MB of one episode's `build` from a full bank."""
     images, others = (features_of(f"mixture/{rows}/{prototypes}/{w}")[0] for w in (width, teacher))
     bank = FeatureBank(torch.arange(rows), width)
     bank.update(bank.index, images, images.roll(1, dims=1))
@@ -47,13 +48,13 @@ def clustering(rows: int, prototypes: int, width: int, teacher: int) -> tuple[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="RN50-quickgelu", help="of open_clip")
-    parser.add_argument("--batch", type=int, default=64, help="of the measured calls")
+    parser.add_argument("--model", default="RN50-quickgelu", help="name of the open_clip model")
+    parser.add_argument("--batch", type=int, default=64, help="batch size of the measured calls")
     parser.add_argument("--episode-size", type=int, default=200_000)
     parser.add_argument("--prototypes", type=int, default=20_000)
-    parser.add_argument("--clip-hours", type=float, default=PUBLISHED_HOURS, help="CLIP's time for 100 episodes on one GPU")
+    parser.add_argument("--clip-hours", type=float, default=PUBLISHED_HOURS, help="hours of CLIP for 100 episodes on one GPU")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rst", type=Path)
+    parser.add_argument("--rst", type=Path, help="also write the table to this RST file")
     args = parser.parse_args()
     seconds, memory = clustering(args.episode_size, args.prototypes, 128, 64)
     print(f"clustering: {seconds:.0f} s, {memory:.0f} MB", flush=True)

@@ -236,7 +236,7 @@ def test_a_plan_gives_every_arm_of_a_seed_before_the_next(tmp_path):
         Run("b", 2, {"batch_size": 64}),
     ]
     assert read_plan(path, arms=["a"], seeds=[7, 5]) == [Run("a", 5, changed), Run("a", 7, changed)]
-    with pytest.raises(SystemExit, match=r"no arms \['c'\]; there are \['a', 'b'\]"):
+    with pytest.raises(SystemExit, match=r"arms must be among \['a', 'b'\], got \['c'\]"):
         read_plan(path, arms=["a", "c"])
     path.write_text(json.dumps({"arms": {"a": {"seeds": 1, "settings": {"pases": 3}}}}))
     with pytest.raises(SystemExit, match="'pases'"):
