@@ -104,8 +104,8 @@ def test_workers_and_one_process_number_alike(emoji: Pairs, tmp_path: Path) -> N
     [
         ("nowhere/{000..002}.tar", "3 of the 3 shards"),
         ("nowhere.tsv", "does not exist"),
-        ("nowhere", "none of the forms"),
-        (".", "without pictures"),
+        ("nowhere", "must be a pattern of tar shards .*, got 'nowhere'"),
+        (".", "must contain pictures"),
     ],
 )
 def test_a_bad_path_says_what_is_wanted(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

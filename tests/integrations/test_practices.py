@@ -23,11 +23,11 @@ def setting():
     for tower in ("image", "text"):
         setattr(model.proto, tower, ProjectionHead(64, 32, 64, norm="layer"))
     model.double()
-    batch = torch.arange(ROWS), pairs.pixel_values.double(), pairs.input_ids
+    batch = pairs.pixel_values.double(), pairs.input_ids, torch.arange(ROWS)
     with torch.no_grad():
-        out = model(*batch[1:])
-    bank = FeatureBank(batch[0], 32, dtype=torch.float64)
-    bank.update(batch[0], out["image_features_projected"], out["text_features_projected"])
+        out = model(*batch[:2])
+    bank = FeatureBank(batch[2], 32, dtype=torch.float64)
+    bank.update(batch[2], out["image_features_projected"], out["text_features_projected"])
     return model, batch, EpisodicClusterer(4).build(bank)
 
 
@@ -46,7 +46,7 @@ def gradients(setting, step):
 
 def plain(loss, batch):
     def step(model):
-        index, images, texts = batch
+        images, texts, index = batch
         loss(**model(images, texts), index=index).backward()
 
     return step
@@ -82,7 +82,7 @@ def test_accumulation_is_the_whole_batch_for_prototype_terms_alone(setting):
 
 
 def test_another_pair_loss(setting):
-    _, images, texts = setting[1]
+    images, texts, _ = setting[1]
     got = gradients(setting, lambda m: with_another_pair_loss(m, sigmoid_loss, loss_of(setting, w_clip=0.0), setting[1]))
     terms = gradients(setting, plain(loss_of(setting, w_clip=0.0), setting[1]))
 
