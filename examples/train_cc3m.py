@@ -160,11 +160,12 @@ class Trainer:
         names = ", ".join(["image", "text", *self.teachers])
         log.info("%s: clustering %s pairs into %s prototypes by %s", self.title(episode), size, number, names)
         start = time.time()
-        self.loss.set_prototypes(self.clusterer.build(bank, self.teachers))
+        prototypes = self.clusterer.build(bank, self.teachers)
+        self.loss.set_prototypes(prototypes)
         log.info("%s: clustered in %.1f s", self.title(episode), time.time() - start)
         self.state.log_seconds("clustering", start)
         metrics, step = self.state.metrics, self.state.progress.step
-        metrics.log_scalars("clustering", self.clusterer.report.scalars(), step)  # type: ignore[union-attr]
+        metrics.log_scalars("clustering", prototypes.report.scalars(), step)
 
     def train(self, episode: Episode, schedule: Schedule) -> None:
         """One pass over the same samples, with new augmentation."""

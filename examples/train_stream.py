@@ -179,11 +179,12 @@ class Trainer:
         number = self.args.num_prototypes
         log.info("%s: clustering %d samples of this rank into %d prototypes", self.title(episode), len(collector), number)
         start = time.time()
-        self.loss.set_prototypes(self.clusterer.build(collector.bank(), collector.teachers()))
+        prototypes = self.clusterer.build(collector.bank(), collector.teachers())
+        self.loss.set_prototypes(prototypes)
         self.state.log_seconds("clustering", start)
         metrics, step = self.state.metrics, self.state.progress.step
         metrics.log_scalars("episode", {"samples": len(collector)}, step)
-        metrics.log_scalars("clustering", self.clusterer.report.scalars(), step)  # type: ignore[union-attr]
+        metrics.log_scalars("clustering", prototypes.report.scalars(), step)
 
     def train(self, episode: StreamEpisode) -> None:
         """Second pass: the same samples under the same indices, with new augmentation."""
@@ -217,10 +218,10 @@ class Trainer:
             read_shard,
             partial(decode_sample, side=self.inputs.decoded_side),
             args.batch_size,
-            workers=args.readers,
+            num_workers=args.readers,
             rank=self.state.rank,
             world_size=self.state.world_size,
-            shuffle=args.shuffle,
+            shuffle_buffer=args.shuffle,
             only=only,
             generator=torch.Generator(),
             worker_init_fn=leave_signals_to_parent,

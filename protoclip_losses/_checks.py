@@ -231,7 +231,7 @@ def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) 
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say that ``old`` still works, and what to write in its place."""
+    """Warn that ``old`` is deprecated, and name its replacement."""
     warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=stacklevel)
 
 

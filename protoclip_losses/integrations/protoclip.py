@@ -20,7 +20,7 @@ from ..functional.prototype_cross_entropy import check_finite_loss, check_term, 
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..losses.prototype_loss import PrototypeLoss
 
-PAIRS_KEPT = 8  # centroid pairs whose targets are kept: the loop has four
+PAIRS_CACHED = 8  # centroid pairs whose soft targets are cached: the loop has four
 
 
 def gather_features(image_features: Tensor, text_features: Tensor, *flags: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class ProtoLoss(nn.Module):
         teacher_temperature: float,
         labels: Tensor,
     ) -> tuple[Tensor, float]:
-        """The mean loss over rows with a label, and the share of all rows, in percent, whose own prototype comes first.
+        """The mean loss over rows with a label, and the percentage of all rows whose own prototype has the largest logit.
 
         Args:
             student_features: (B, D), L2-normalised.
@@ -111,7 +111,7 @@ class ProtoLoss(nn.Module):
             check.matrix("teacher_centroids", teacher_centroids, rows=len(student_centroids), of=" as student_centroids")
             key = id(student_centroids), id(teacher_centroids), temperature
             if key not in self._soft:
-                self._soft = dict(list(self._soft.items())[1 - PAIRS_KEPT :])
+                self._soft = dict(list(self._soft.items())[1 - PAIRS_CACHED :])
                 self._soft[key] = PrototypeLoss(temperature)
             delta = self._soft[key].target_delta(student_centroids, teacher_centroids, safe)
         total, correct = label_nll_sum(student_features, student_centroids, safe, row_mask, scale, delta, with_accuracy=True)

@@ -26,7 +26,7 @@ class Prototypes(PrototypeSource, kind="episode"):
 
     Attributes:
         labels_by_teacher: (N,) int64 of each teacher, -1 for samples without a cluster.
-        report: the :class:`EpisodeReport`, None if there is none.
+        report: an :class:`EpisodeReport`, empty if the prototypes were not built here.
 
     Example:
         >>> import torch
@@ -55,7 +55,7 @@ class Prototypes(PrototypeSource, kind="episode"):
                 raise ValueError(
                     f"labels of teacher {teacher!r} must be the same for all its students, those of {student!r} differ"
                 )
-        self.index, self.terms, self.report = index, dict(terms), report
+        self.index, self.terms, self.report = index, dict(terms), report or EpisodeReport({}, {})
         self._ordered, self._order, self.labels_by_teacher = ordered, order, labels
 
     def __repr__(self) -> str:

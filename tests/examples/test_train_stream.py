@@ -72,7 +72,7 @@ def test_webdataset_shards_are_extracted_clustered_and_trained(emoji: Pairs, sha
 
     decode_here = partial(decode_sample, side=40)
     collector, seen = FeatureCollector(dim=27), {}
-    extraction = episode.batches(read_shard, decode_here, 16, workers=workers)
+    extraction = episode.batches(read_shard, decode_here, 16, num_workers=workers)
     for index, (pictures, captions) in extraction:
         collector.update(index, *features(pictures, captions))
         seen |= {number: (picture, c) for number, picture, c in zip(index.tolist(), pictures, captions, strict=True)}
@@ -81,7 +81,7 @@ def test_webdataset_shards_are_extracted_clustered_and_trained(emoji: Pairs, sha
     loss.set_prototypes(EpisodicClusterer(10).build(collector.bank()))
     again = {}
     for index, (pictures, captions) in episode.batches(
-        read_shard, decode_here, 16, workers=workers, shuffle=40, only=collector.index
+        read_shard, decode_here, 16, num_workers=workers, shuffle_buffer=40, only=collector.index
     ):
         assert torch.isfinite(loss(*features(pictures, captions), 10.0, index=index))
         again |= {number: (picture, c) for number, picture, c in zip(index.tolist(), pictures, captions, strict=True)}
