@@ -41,7 +41,7 @@ class InfoNCE(nn.Module):
 
     Attributes:
         metrics: detached tensors of the last forward: ``contrastive_accuracy``, the share of this rank's images whose own text
-            comes first among all texts.
+            has the largest logit among all texts; a tie counts for the first of the tied texts alone.
 
     Example:
         >>> import torch
