@@ -166,8 +166,7 @@ class EpisodicClusterer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume after the episode that was saved."""
         check.state_format("EpisodicClusterer", state)
-        if "previous" not in state:
-            raise ValueError(f"state_dict must be that of EpisodicClusterer, got one without 'previous' (it has {sorted(state)})")
+        check.state_has("EpisodicClusterer", state, ["previous"])
         self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])
 
 
