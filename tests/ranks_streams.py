@@ -42,7 +42,9 @@ def ranks_with_shards_of_their_own_build_and_train_as_one(rank, world_size, fold
         assert torch.equal(prototypes.terms[key].labels, term.labels)
     loss, steps = ProtoLoss(), 0
     loss.set_prototypes(prototypes)
-    for index, rows in even_batches(episode.batches(read, int, 4, rank=rank, world_size=world_size, shuffle_buffer=4, only=mine.index)):
+    for index, rows in even_batches(
+        episode.batches(read, int, 4, rank=rank, world_size=world_size, shuffle_buffer=4, only=mine.index)
+    ):
         assert torch.isfinite(loss(IMAGE[rows], TEXT[rows], 10.0, index=index))
         steps += 1
     assert_same_on_every_rank(torch.tensor(steps))
@@ -93,7 +95,9 @@ def a_pca_that_one_rank_does_not_see_raises_on_all(rank, world_size, folder):
         TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, place / "h.npy", dim=None, progress=False, process_group=False)
     elif rank > 1:
         place = folder
-    with pytest.raises(FileNotFoundError if rank == 1 else ValueError, match=r"h\.npy\.pca" if rank == 1 else r"bad input on rank"):
+    with pytest.raises(
+        FileNotFoundError if rank == 1 else ValueError, match=r"h\.npy\.pca" if rank == 1 else r"bad input on rank"
+    ):
         TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, place / "h.npy", dim=4, progress=False)
 
 

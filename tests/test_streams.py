@@ -412,7 +412,11 @@ def test_further_arguments_reach_the_loader(stream):
         (lambda s: StreamEpisodes(["a"], 1, episodes=0), ValueError, "episodes must be at least 1, got 0"),
         (lambda s: s.episode(-1), ValueError, "number must be at least 0, got -1"),
         (lambda s: s.episode(0).batches(read, decode, 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda s: s.episode(0).batches(read, decode, 4, shuffle_buffer=0), ValueError, "shuffle_buffer must be at least 1, got 0"),
+        (
+            lambda s: s.episode(0).batches(read, decode, 4, shuffle_buffer=0),
+            ValueError,
+            "shuffle_buffer must be at least 1, got 0",
+        ),
         (lambda s: s.episode(0).batches(read, decode, 4, num_workers=-1), ValueError, "num_workers must be at least 0, got -1"),
         (lambda s: s.episode(0).batches(read, decode, 4, num_workers=2.0), TypeError, "num_workers must be an int, got float"),
         (
