@@ -126,7 +126,11 @@ class EpisodicClusterer:
         sources = validate_on_all_ranks(
             lambda: _with_teachers(features, bank.index, external),
             group,
-            signature=lambda: ([(name, x.shape[1], x.dtype) for name, x in features.items()], list(external)),
+            signature=lambda: {
+                "modalities": [(name, x.shape[1], x.dtype) for name, x in features.items()],
+                "teachers": list(external),
+                "warm_start": self.warm_start,
+            },
         )
         index, owned = _first_occurrences(ranks.gather(bank.index), ranks)
         owned_ranks = RankRows(group, gather_sizes(int(owned.sum()), group))

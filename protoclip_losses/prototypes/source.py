@@ -175,6 +175,10 @@ class PrototypeSource(ABC):
     def observe(self, features: BatchFeatures, labels: Mapping[str, Tensor], ranks: RankRows) -> None:  # noqa: B027
         """Take in a training batch with its labels. Does nothing unless overridden: an episode's prototypes are constant."""
 
+    def signature(self) -> dict[str, object]:
+        """What must be equal on all ranks, by name."""
+        return {"prototypes": (self.kind, self.version, list(self.terms))}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings, with ``"kind"`` and ``"format"``."""

@@ -126,8 +126,7 @@ class TeacherAdapter:
                 made from other captions, by another encoder or in another dtype, or a damaged one.
             OSError: what the file system says, such as a full disk, with the name of the file.
         """
-        path = Path(cache)
-        group = active_group(process_group)
+        path, group = Path(cache), active_group(process_group)
 
         def run() -> list[str]:
             captions = check.strings("texts", texts)
@@ -140,7 +139,8 @@ class TeacherAdapter:
         captions = validate_on_all_ranks(run, group)
         # A node that does not see the files, or sees others, raises on all ranks.
         record, rows = validate_on_all_ranks(lambda: complete_cache(path, captions, dtype), group)
-        validate_on_all_ranks(lambda: None, group, signature=lambda: (rows.shape, zlib.crc32(rows[0].tobytes())))
+        cached = {"rows of the cache": (rows.shape, zlib.crc32(rows[0].tobytes()))}
+        validate_on_all_ranks(lambda: None, group, signature=lambda: cached)
         adapter = cls(rows, encode=encode, normalize=normalize)
         if dim is None:
             return adapter
