@@ -1,6 +1,7 @@
 """Input checks shared by every public call. Each error names the argument, what was wanted and what was given."""
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -230,9 +231,13 @@ def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) 
             raise ValueError(f"state_dict has {name}={state[name]} but this {owner} has {name}={value}")
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that ``old`` is deprecated, and name its replacement."""
-    warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=stacklevel)
+def warn_renamed(old: str, new: str) -> None:
+    """Warn that ``old`` is deprecated, and name its replacement, at the line that called this package, through torch or not."""
+    if not torch.compiler.is_compiling():  # a warning would break the graph
+        depth = 1
+        while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
+            depth += 1
+        warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=depth + 1)
 
 
 def require(module: str, extra: str) -> Any:
