@@ -1,6 +1,6 @@
-"""K-means of rows: one file per engine."""
+"""K-means of rows: the public class, and one file for each engine."""
 
-from .kmeans import Clusters
+from .kmeans import KMeans, KMeansResult
 from .report import ClusteringReport
 
-__all__ = ["ClusteringReport", "Clusters"]
+__all__ = ["ClusteringReport", "KMeans", "KMeansResult"]
