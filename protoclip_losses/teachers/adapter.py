@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed import Group, active_group, rank, validate_on_all_ranks
 from .caption_cache import Encode, call_encoder, complete_cache, encode_to_file
-from .files import beside, open_rows
+from .files import companion, open_rows
 from .pca import PCA, fit_once, load_pca, pca_from_state
 
 BLOCK = 16_384  # rows read at a time
@@ -146,7 +146,7 @@ class TeacherAdapter:
             return adapter
         fitted_on = {"texts": record.texts, "normalize": normalize, "dim": dim}
         # A cache that 0.6 completed keeps the PCA that 0.6 fitted.
-        files = [beside(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
+        files = [companion(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
 
         def fit() -> None:
             if rank(group) == 0:

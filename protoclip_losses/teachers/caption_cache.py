@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .files import beside, locked, naming, open_rows, reserve, write_atomically
+from .files import companion, locked, naming, open_rows, reserve, write_atomically
 
 Encode = Callable[[list[str]], "Tensor | np.ndarray[Any, Any]"]
 RECORD_BYTES = 4096  # more than any record has; a larger file of its name is somebody's captions
@@ -99,7 +99,7 @@ def find_record(path: Path, texts: Sequence[str]) -> Record | None:
 
     0.6 gave the record of ``caps.npy`` the name ``caps.json``, which other caches and other files can have too.
     """
-    name, name_of_0_6 = beside(path, ".json"), path.with_suffix(".json")
+    name, name_of_0_6 = companion(path, ".json"), path.with_suffix(".json")
     # Looked at in the reverse order in which another process writes them: it may be at it.
     has_rows, old, has_record, own = path.exists(), Record.read(name_of_0_6), name.exists(), Record.read(name)
     if has_record if own is None else own.format == 0 and name != name_of_0_6:
@@ -158,14 +158,14 @@ def encode_to_file(encode: Encode, texts: Sequence[str], path: Path, batch_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        found = open_cache(path, texts, dtype)  # another process may have gone on while this one waited
+        found = open_cache(path, texts, dtype)  # another process may have continued it meanwhile
         record = Record(strings_digest(texts), len(texts), 0, dtype, format=1)
         if found is None:
-            beside(path, ".pca.npz").unlink(missing_ok=True)  # of rows that were here before
+            companion(path, ".pca.npz").unlink(missing_ok=True)  # of rows that were here before
         else:
             _check_encoder(encode, texts, path, found[1])
             record = replace(record, done=found[0].done, width=found[1].shape[1])
-        record.write(beside(path, ".json"))
+        record.write(companion(path, ".json"))
         old = Record.read(path.with_suffix(".json"))
         if old is not None and is_of_0_6(old, texts):
             path.with_suffix(".json").unlink()  # it would say that rows are done which are written again
@@ -203,7 +203,7 @@ def _encode_rest(
             file.flush()
             os.fsync(file.fileno())
         record = replace(record, done=start + len(block))
-        record.write(beside(path, ".json"))
+        record.write(companion(path, ".json"))
 
 
 def _make_file(path: Path, shape: tuple[int, int], dtype: str) -> None:
