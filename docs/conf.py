@@ -59,6 +59,6 @@ from protoclip_losses import *
 from protoclip_losses.distributed import even_batches
 from protoclip_losses.functional import *
 from protoclip_losses.metrics import *
-from protoclip_losses.pca import *
 from protoclip_losses.plots import *
+from protoclip_losses.teachers import *
 """

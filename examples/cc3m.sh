@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's recipe on Conceptual Captions, ready to run. Arguments after the first go to train_cc3m.py and win over those here.
+# The paper's recipe on Conceptual Captions. Arguments after the first go to train_cc3m.py and override those below.
 #
 #   bash examples/cc3m.sh one-gpu  --train-data 'cc3m/{00000..00331}.tar' --run-dir runs/cc3m
 #   bash examples/cc3m.sh one-node --train-data 'cc3m/{00000..00331}.tar' --run-dir runs/cc3m
 #   NODES=4 NODE=0 HEAD=10.0.0.1:29500 bash examples/cc3m.sh nodes --train-data ...    # on each node, with its own NODE
 #
-# PER_NODE is the number of processes, and of GPUs, of a node (8).
+# PER_NODE is the number of processes, and of GPUs, per node (default 8).
 set -euo pipefail
 script=$(dirname "$0")/train_cc3m.py
 launch="python -m torch.distributed.run"

@@ -1,4 +1,4 @@
-"""The final table: encoder features of held-out concepts, a random encoder beside the trained one."""
+"""The table at the end: metrics on held-out concepts, for the trained encoder and for a randomly initialised one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from protoclip_losses.metrics import (
 from protoclip_losses.plots import cluster_grid, loss_curves, modality_map
 
 log = logging.getLogger("train")
-MOST_DRAWN = 5000  # held-out pairs that the pictures of the run are made from
+MAX_PLOTTED = 5000  # held-out pairs that are plotted
 TITLES = {
     "zero_shot_group": "zero-shot",
     "zero_shot_subgroup": "zs-fine",
@@ -47,13 +47,13 @@ def evaluate(
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Metrics of one encoder, and its image (N, width) and text (N, width) features of the held-out pairs.
 
-    Retrieval and modality gap need no labels. Zero-shot, probe and grouping come with them. Retrieval's gallery holds
-    each caption once; every picture of its concept is a right answer.
+    Retrieval and modality gap need no labels; zero-shot accuracy, linear probe and grouping are evaluated if there are some.
+    The gallery of retrieval holds one caption per concept, and every picture of the concept is a right answer.
     """
     image, text = encode_pairs(model, inputs, held_out, device, workers, f"held-out pairs, {name}")
-    once = first_rows(held_out.concepts)
+    unique = first_rows(held_out.concepts)
     result = {"modality_gap": modality_gap(image, text)}
-    result |= retrieval_recall(image, text[once], held_out.concepts, text_concepts=held_out.concepts[once])
+    result |= retrieval_recall(image, text[unique], held_out.concepts, text_concepts=held_out.concepts[unique])
     if held_out.labels:
         for kind, prompts in class_prompts(train).items():
             classifier = zero_shot_classifier([encode_texts(model, inputs, texts, device) for texts in prompts])
@@ -77,7 +77,7 @@ def first_rows(concepts: Tensor) -> Tensor:
 def encode_pairs(
     model: DualEncoder, inputs: Inputs, pairs: Pairs, device: torch.device, workers: int, name: str
 ) -> tuple[Tensor, Tensor]:
-    """The encoders' outputs z of all pairs, without augmentation: two (N, width) tensors on the CPU."""
+    """Encoder outputs z of all pairs, without augmentation: image and text (N, width), on the CPU."""
     model.eval()
     order = list(torch.split(torch.arange(len(pairs)), 256))
     image, text = [], []
@@ -97,13 +97,13 @@ def encode_texts(model: DualEncoder, inputs: Inputs, texts: list[str], device: t
 
 
 def class_prompts(pairs: Pairs) -> dict[str, list[list[str]]]:
-    """Prompts of each class: its name, and for a group the names of its subgroups too, as they say what is in it."""
-    inside: dict[int, set[int]] = {}
+    """Prompts of each class: its name; for a group also the names of its subgroups, which describe its contents."""
+    subgroups_of: dict[int, set[int]] = {}
     for group, subgroup in zip(pairs.labels["group"].tolist(), pairs.labels["subgroup"].tolist(), strict=True):
-        inside.setdefault(group, set()).add(subgroup)
-    fine = [name.replace("-", " ") for name in pairs.label_names["subgroup"]]
-    groups = [[name, *(fine[i] for i in sorted(inside[g]))] for g, name in enumerate(pairs.label_names["group"])]
-    return {"group": groups, "subgroup": [[name] for name in fine]}
+        subgroups_of.setdefault(group, set()).add(subgroup)
+    subgroups = [name.replace("-", " ") for name in pairs.label_names["subgroup"]]
+    groups = [[name, *(subgroups[i] for i in sorted(subgroups_of[g]))] for g, name in enumerate(pairs.label_names["group"])]
+    return {"group": groups, "subgroup": [[name] for name in subgroups]}
 
 
 def report(
@@ -115,7 +115,7 @@ def report(
     workers: int,
     run_dir: Path,
 ) -> None:
-    """Evaluate the encoders, print and save the table, and draw the pictures of the last one."""
+    """Evaluate the encoders, print and save the table, and plot the features of the last one."""
     rows = {}
     for name, model in encoders.items():
         rows[name], image, text = evaluate(model, inputs, train, held_out, device, workers, name)
@@ -125,17 +125,17 @@ def report(
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     if records:
         loss_curves(records, run_dir / "loss_curves.png")
-    shown = torch.arange(min(len(held_out), MOST_DRAWN))
-    part, image, text = held_out.subset(shown), image[shown], text[shown]
+    plotted = torch.arange(min(len(held_out), MAX_PLOTTED))
+    part, image, text = held_out.subset(plotted), image[plotted], text[plotted]
     modality_map(image, text, part.labels.get("group"), part.label_names.get("group"), run_dir / "map.png")
     clusters = EpisodicClusterer(max(1, len(part) // 10)).fit(torch.nn.functional.normalize(image, dim=1))
     cluster_grid(part.pictures, clusters.labels, list(part.captions), run_dir / "clusters.png")
-    log.info("pictures and table are in %s", run_dir)
+    log.info("figures and table are in %s", run_dir)
     print(table)
 
 
 def format_table(rows: dict[str, dict[str, float]], train: Pairs, held_out: Pairs) -> str:
-    """One line per encoder, and what the columns mean."""
+    """One line per encoder, then a legend of the columns."""
     keys = [key for key in TITLES if key in next(iter(rows.values()))]
     width = max(len(name) for name in rows) + 2
     lines = [" " * width + "".join(f"{TITLES[key]:>{max(len(TITLES[key]), 5) + 2}}" for key in keys)]

@@ -1,7 +1,7 @@
-"""Numbers the pairs of a fixed set of files, once: WebDataset shards, a TSV of path and caption, or a folder.
+"""Indexes the pairs of a fixed set of files: WebDataset shards, a TSV of path and caption, or a folder.
 
-Every picture is decoded once. Broken members are dropped, counted by reason and named in the log; what is left is
-numbered in the order of the source, and that index is kept in the run folder, so that training reads at random.
+Every picture is decoded once. Broken samples are dropped, counted by reason and named in the log. The others are numbered
+in the order of the source. The index is kept in the run folder and gives training random access to the pairs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 LINES_PER_PART = 1000
 WANTED = (
     "a pattern of tar shards ('cc3m/{00000..00331}.tar', with KEY.jpg and KEY.txt inside), a .tsv of lines "
-    "'path<TAB>caption' with paths that start at its folder, or a folder of pictures with a KEY.txt beside each KEY.jpg"
+    "'path<TAB>caption' with paths relative to its folder, or a folder of pictures with a KEY.txt for each KEY.jpg"
 )
 
 
 class Member(NamedTuple):
-    """One pair as it is met; `problem` says why it cannot be used."""
+    """One pair of the source; `problem` says why it cannot be used, if so."""
 
     name: str
     path: str = ""
@@ -45,9 +45,9 @@ Part = tuple[str, ...]
 
 
 def number_pairs(source: str, cache: Path, side: int, workers: int = 0) -> Pairs:
-    """The usable pairs of `source`, from `cache` if the same files were numbered before.
+    """The usable pairs of `source`, from `cache` if the same files were indexed before.
 
-    Raises SystemExit, saying what was wanted, if a file of the source does not exist or no pair is usable.
+    Raises SystemExit if a file of the source does not exist or no pair is usable.
     """
     scan, parts = _open(source)
     stamp = json.dumps([source, concept_number(repr([(part, os.path.getsize(part[0])) for part in parts]))])
@@ -57,9 +57,9 @@ def number_pairs(source: str, cache: Path, side: int, workers: int = 0) -> Pairs
                 return _pairs(kept, side)
     members: list[Member] = []
     dropped: Counter[str] = Counter()
-    # A part (a shard, a thousand files) is one item: workers scan parts side by side, their order stays the source's.
+    # A part (a shard, a thousand files) is one item: workers scan parts in parallel, and the order is that of the source.
     loader = DataLoader(_Scan(scan, parts), batch_size=None, num_workers=workers, generator=torch.Generator())
-    for found in tqdm(loader, desc="numbering pairs", unit="part"):
+    for found in tqdm(loader, desc="indexing pairs", unit="part"):
         for member in found:
             if member.problem:
                 dropped[member.problem] += 1
@@ -69,7 +69,7 @@ def number_pairs(source: str, cache: Path, side: int, workers: int = 0) -> Pairs
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
     log.info("%s: %d usable pairs, %d dropped (%s)", source, len(members), dropped.total(), reasons)
     if not members:
-        raise SystemExit(f"{source} has no usable pair; dropped: {reasons}. Wanted: {WANTED}")
+        raise SystemExit(f"{source} must have usable pairs, got none; dropped: {reasons}; a source is {WANTED}")
     paths = {path: number for number, path in enumerate(dict.fromkeys(member.path for member in members))}
     captions, names = Strings.of(member.caption for member in members), Strings.of(paths)
     arrays = {
@@ -81,7 +81,7 @@ def number_pairs(source: str, cache: Path, side: int, workers: int = 0) -> Pairs
         "size": np.array([member.size for member in members]),
         "caption_bytes": captions.data,
         "caption_end": captions.end,
-        # Files have no concept but their caption: pairs with the same one are the same concept.
+        # The concept of a file is its caption: pairs with equal captions are one concept.
         "concept": np.array([concept_number(member.caption) for member in members]),
     }
     partial = cache.with_suffix(".partial.npz")
@@ -123,16 +123,16 @@ def _checked(member: Member) -> Member:
 
 
 def _open(source: str) -> tuple[Callable[[Part], Iterator[Member]], list[Part]]:
-    """How to scan the source, and its parts: tuples of file names, the first of which is a file on disk."""
+    """How to scan a part of the source, and the parts: tuples of strings, the first of which is a file on disk."""
     path = Path(source)
     if path.is_dir():
         files = sorted(str(file) for file in path.rglob("*") if file.suffix[1:].lower() in PICTURES)
         if not files:
-            raise SystemExit(f"{source} is a folder without pictures ({', '.join(PICTURES)}). Wanted: {WANTED}")
+            raise SystemExit(f"{source} must contain pictures ({', '.join(PICTURES)}), got none; a source is {WANTED}")
         return _scan_folder, [tuple(files[i : i + LINES_PER_PART]) for i in range(0, len(files), LINES_PER_PART)]
     if path.suffix in (".tsv", ".txt", ".csv"):
         if not path.is_file():
-            raise SystemExit(f"{source} does not exist. Wanted: {WANTED}")
+            raise SystemExit(f"{source} does not exist; a source is {WANTED}")
         lines = path.read_text(encoding="utf-8").splitlines()
         numbered = [f"{number}\t{line}" for number, line in enumerate(lines, 1) if line.strip()]
         if numbered and numbered[0].split("\t")[1].strip().lower() in ("filepath", "path", "image", "file"):
@@ -140,7 +140,7 @@ def _open(source: str) -> tuple[Callable[[Part], Iterator[Member]], list[Part]]:
         chunks = [numbered[i : i + LINES_PER_PART] for i in range(0, len(numbered), LINES_PER_PART)]
         return _scan_table, [(str(path), *chunk) for chunk in chunks]
     if ".tar" not in source:
-        raise SystemExit(f"--train-data or --val-data {source!r} is none of the forms that are read. Wanted: {WANTED}")
+        raise SystemExit(f"--train-data and --val-data must be {WANTED}, got {source!r}")
     from webdataset.shardlists import expand_urls
 
     shards = [str(shard) for shard in expand_urls(source)]
@@ -182,7 +182,7 @@ def _scan_shard(part: Part) -> Iterator[Member]:
     broken: list[Member] = []
 
     def files() -> Iterator[dict[str, Any]]:
-        # The place of each member rather than its bytes, which is what makes reading at random possible afterwards.
+        # The offset of each member and not its bytes: that gives random access afterwards.
         try:
             with tarfile.open(shard, "r:") as tar:
                 for info in tar:

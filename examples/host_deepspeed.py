@@ -1,4 +1,4 @@
-"""ProtoLoss under DeepSpeed's ZeRO, and that its weights are those of one process: on CPU, stages 0 to 3.
+"""ProtoLoss under DeepSpeed's ZeRO stages 0 to 3 on CPU, compared with one process: the weights are the same.
 
 pip install deepspeed
 DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 examples/host_deepspeed.py
@@ -24,7 +24,7 @@ class Clip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(12, 8), nn.Linear(10, 8)
-        # Of shape (1,), because DeepSpeed 0.19 cannot broadcast a parameter without dimensions on CPU.
+        # Shape (1,), because DeepSpeed 0.19 cannot broadcast a 0-d parameter on CPU.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def new_model() -> Clip:
 
 
 def new_loss(pairs: tuple[Tensor, Tensor], **settings: Any) -> ProtoLoss:
-    """A loss with prototypes, the same on every rank."""
+    """A loss with the same prototypes on every rank."""
     bank = FeatureBank(torch.arange(SAMPLES), dim=8)
     with torch.no_grad():
         bank.update(bank.index, *new_model()(*pairs)[:2])
@@ -57,14 +57,14 @@ def one_process(pairs: tuple[Tensor, Tensor]) -> Clip:
 
 
 def zero(deepspeed: Any, pairs: tuple[Tensor, Tensor], stage: int) -> dict[str, Tensor]:
-    """Weights after the same steps, the batch shared by all ranks."""
+    """The weights after the same steps, with each batch split over the ranks."""
     model, loss = new_model(), new_loss(pairs)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = {
         "train_micro_batch_size_per_gpu": BATCH // world_size,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # DeepSpeed clips at 1 unless it is told not to
+        "gradient_clipping": 0.0,  # the default is 1
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

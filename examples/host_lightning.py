@@ -29,7 +29,7 @@ class Clip(LightningModule):  # type: ignore[misc]
         super().__init__()
         self.image, self.text = ConvNet(width), TextTransformer(width, VOCABULARY, LENGTH)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.proto = ProjectionHeads(width, 32, hidden_dim=128, norm="layer")  # new: heads, loss, project(), index
+        self.proto = ProjectionHeads(width, 32, hidden_dim=128, norm="layer")  # new, as are the loss, project() and the index
         self.loss = ProtoLoss()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,13 +58,13 @@ class Clip(LightningModule):  # type: ignore[misc]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--rows", type=int, help="pairs to train on; default all")
+    parser.add_argument("--rows", type=int, help="pairs to train on; default: all")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     data = WithIndex(PicturePairs(options.rows))
-    order = EpisodeOrder(EpisodeSampler(len(data), len(data)))  # the order of an epoch depends on its number alone
+    order = EpisodeOrder(EpisodeSampler(len(data), len(data)))  # the order of an epoch depends on its number only
     trainer = Trainer(max_epochs=options.epochs, default_root_dir=options.output, callbacks=[ProtoCLIPCallback()])
     trainer.fit(Clip(), DataLoader(data, 64, sampler=order), ckpt_path="last" if options.resume else None)
     trainer.save_checkpoint(f"{options.output}/last.ckpt")

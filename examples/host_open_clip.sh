@@ -1,4 +1,4 @@
-# What you run today is all but the first two lines; today's first line is: python -m open_clip_train.main
+# The command without ProtoCLIP starts with `python -m open_clip_train.main` and has no --proto- arguments.
 python -m protoclip_losses.integrations.open_clip \
     --proto-num-prototypes 20000 --proto-nredo 3 \
     --train-data "$SHARDS" --train-num-samples "$SAMPLES" --dataset-type webdataset \

@@ -1,6 +1,6 @@
-"""A loop of one's own around a small CLIP, on the embedded pictures: python examples/host_own_loop.py
+"""A training loop of your own for a small CLIP, on the embedded pictures: python examples/host_own_loop.py
 
-The lines that ProtoCLIP adds end in a number.
+The lines that ProtoCLIP adds are numbered.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def train(rows: int | None = None, num_episodes: int = 4) -> list[float]:
 
     def batches(index: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         for batch in DataLoader(data, batch_size=64, sampler=index.tolist()):
-            yield batch["index"], batch["pixel_values"], batch["input_ids"]
+            yield batch["pixel_values"], batch["input_ids"], batch["index"]
 
     loss_fn = ProtoLoss(target_temperature=0.01)  # 2
     clusterer = EpisodicClusterer(num_prototypes=len(data) // 10)  # 3
     for episode in islice(EpisodeSampler(len(data), episode_size=len(data)), num_episodes):  # 4
         bank = FeatureBank(episode.index, dim=32)  # 5
         model.eval()  # 6
-        for index, images, texts in batches(episode.index):  # 7
+        for images, texts, index in batches(episode.index):  # 7
             with torch.no_grad():  # 8
                 out = model(images, texts)  # 9
             bank.update(index, out["image_features_projected"], out["text_features_projected"])  # 10
         loss_fn.set_prototypes(clusterer.build(bank))  # 11
         model.train()
-        for index, images, texts in batches(episode.index):
+        for images, texts, index in batches(episode.index):
             loss: Any = loss_fn(**model(images, texts), index=index)  # 12
             optimizer.zero_grad()
             loss.backward()
@@ -75,7 +75,7 @@ def train(rows: int | None = None, num_episodes: int = 4) -> list[float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, help="pairs to train on; default all")
+    parser.add_argument("--rows", type=int, help="pairs to train on; default: all")
     parser.add_argument("--episodes", type=int, default=4)
     options = parser.parse_args()
     train(options.rows, options.episodes)

@@ -1,4 +1,4 @@
-"""The embedded pictures as the data set of mappings that a Trainer or a LightningModule is given."""
+"""The embedded pictures as a map-style data set of dicts, as a Trainer or a LightningModule takes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCABULARY, LENGTH, SIDE = 1024, 12, 32
 
 
 class PicturePairs(Dataset[dict[str, Tensor]]):
-    """Every second Twemoji picture with the words of its caption, ``rows`` of them at most."""
+    """Every second Twemoji picture with the tokens of its caption, at most ``rows`` of them."""
 
     def __init__(self, rows: int | None = None) -> None:
         pairs = emoji_pairs(SIDE, styles=("twemoji",))
@@ -25,5 +25,5 @@ class PicturePairs(Dataset[dict[str, Tensor]]):
         return len(self.input_ids)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        words = self.input_ids[number]
-        return {"pixel_values": self.pixel_values[number], "input_ids": words, "attention_mask": (words != 0).long()}
+        tokens = self.input_ids[number]
+        return {"pixel_values": self.pixel_values[number], "input_ids": tokens, "attention_mask": (tokens != 0).long()}

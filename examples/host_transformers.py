@@ -28,7 +28,7 @@ def small_model() -> CLIPModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--rows", type=int, help="pairs to train on; default all")
+    parser.add_argument("--rows", type=int, help="pairs to train on; default: all")
     parser.add_argument("--batch-size", type=int, default=64, help="per process")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--save-steps", type=int, default=10)
@@ -48,12 +48,12 @@ def main() -> None:
         model=small_model(),
         args=args,
         train_dataset=PicturePairs(options.rows),
-        # What a Trainer does not have. The heads here are small, as the model is.
+        # The only argument that Trainer does not have.
         heads={"dim": 32, "hidden_dim": 128, "norm": "layer"},
     )
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
-    if dist.is_initialized():  # a process that ends while another still writes can abort
+    if dist.is_initialized():  # a process can abort if another one ends before it
         dist.barrier()
         dist.destroy_process_group()
 

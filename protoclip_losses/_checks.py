@@ -1,8 +1,9 @@
-"""Input checks shared by every public call: each error names the argument, what came and what was wanted."""
+"""Input checks shared by every public call. Each error names the argument, what was wanted and what was given."""
 
 import math
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -79,6 +80,12 @@ def chunk_rows(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
 
 
+def reduction(value: str) -> None:
+    """Check how the losses of rows are put together."""
+    if value not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {value!r}")
+
+
 def at_least(name: str, value: int, least: int) -> int:
     """Check a whole number given to a constructor."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -123,7 +130,7 @@ def finite(name: str, x: Tensor, what: str = "rows") -> None:
 
 
 def labels_within(labels: Tensor, num_prototypes: int, ignore_index: int) -> bool:
-    """Whether it takes one look to see that all labels are in [0, num_prototypes) and none is to be ignored."""
+    """Whether all labels are in [0, num_prototypes) and none is ignored, as far as their range tells."""
     if labels.numel() == 0:
         return True
     low, high = (int(x) for x in labels.aminmax())
@@ -144,11 +151,11 @@ def label_range(name: str, labels: Tensor, num_prototypes: int, hint: str = "") 
         )
 
 
-def labels_valid(name: str, labels: Tensor, keep: Tensor | None, valid: Tensor, hard: bool) -> None:
-    """Raise if no prototype is valid, or with hard targets if a label that counts names one that is not."""
+def labels_valid(name: str, labels: Tensor, row_mask: Tensor | None, valid: Tensor, hard: bool) -> None:
+    """Raise if no prototype is valid, or with hard targets if the label of a row that counts names one that is not."""
     if not bool(valid.any()):
         raise ValueError("valid must leave at least one prototype, got none")
-    wrong = ~valid[labels] if keep is None else keep & ~valid[labels]
+    wrong = ~valid[labels] if row_mask is None else row_mask & ~valid[labels]
     if hard and bool(wrong.any()):
         first = int(wrong.int().argmax())
         raise ValueError(
@@ -185,10 +192,20 @@ def temperature(name: str, value: float) -> float:
 
 
 def optional_temperature(name: str, value: float | None) -> float | None:
-    """A temperature, or None for hard targets: None itself or any value that is not positive."""
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0):
+    """A temperature, or None for hard targets: None, 0, or the -1 of the paper's code. Another negative value is an error."""
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value in (0, -1)):
         return None
+    if isinstance(value, (int, float)) and value < 0:
+        raise ValueError(f"{name} must be positive, or None, 0 or -1 for hard targets, got {value}")
     return temperature(name, value)
+
+
+def weight(name: str, value: float) -> None:
+    """Check the weight of a term."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 def state_format(owner: str, state: Mapping[str, Any]) -> int:
@@ -201,18 +218,28 @@ def state_format(owner: str, state: Mapping[str, Any]) -> int:
     return int(number)
 
 
-def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError if a saved state was made with other settings than those of the object that is to take it over."""
-    for name, value in own.items():
+def state_has(owner: str, state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError if a saved state lacks one of these entries."""
+    for name in names:
         if name not in state:
             raise ValueError(f"state_dict must be that of {owner}, got one without {name!r} (it has {sorted(map(str, state))})")
+
+
+def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved state was made with other settings than those of the object that is to take it over."""
+    state_has(owner, state, own)
+    for name, value in own.items():
         if state[name] != value:
             raise ValueError(f"state_dict has {name}={state[name]} but this {owner} has {name}={value}")
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say that ``old`` still works, and what to write in its place."""
-    warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=stacklevel)
+def warn_renamed(old: str, new: str) -> None:
+    """Warn that ``old`` is deprecated, and name its replacement, at the line that called this package, through torch or not."""
+    if not torch.compiler.is_compiling():  # a warning would break the graph
+        depth = 1
+        while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
+            depth += 1
+        warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=depth + 1)
 
 
 def require(module: str, extra: str) -> Any:

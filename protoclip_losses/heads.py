@@ -20,6 +20,10 @@ class ProjectionHead(nn.Sequential):
     .. math::
         h = W_2\, \mathrm{ReLU}(\mathrm{norm}(W_1 z + b_1)) + b_2
 
+    **Use it when:** prototype terms are to be computed on a projection of the encoder's output, as in the paper.
+    **Not when:** features are used as they are: leave the ``..._projected`` arguments of the loss out.
+    **Related:** :class:`ProjectionHeads`, both heads and their scale in one module.
+
     h is not normalised here: pass ``F.normalize(head(z), dim=-1)`` to the loss and to the bank. In the paper the image head
     starts as a copy of the text head: ``image_head.load_state_dict(text_head.state_dict())``.
 
@@ -65,7 +69,9 @@ class ProjectionHead(nn.Sequential):
 class ProjectionHeads(nn.Module):
     r"""The paper's heads and ``logit_scale_proto``, to be assigned to an attribute of the model.
 
-    A host's optimizer, DDP and checkpoint see the parameters of the model and no others, so that is where these belong.
+    **Use it when:** you add prototype terms to a model: optimizer, DDP and checkpoint see its parameters and no others.
+    **Not when:** the modalities need heads of different widths: use two :class:`ProjectionHead`.
+    **Related:** :class:`ProtoLoss`, which takes what :meth:`forward` returns.
 
     Args:
         in_dim: width of the encoders' output z.
@@ -101,5 +107,5 @@ class ProjectionHeads(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep the scale at 100 at most and 1 at least, as CLIP's own: to be called after each step of the optimizer."""
+        """Clamp the scale to [1, 100], as CLIP does its own: to be called after each step of the optimizer."""
         self.logit_scale_proto.clamp_(0, MAX_LOG_SCALE)

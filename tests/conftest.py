@@ -1,6 +1,7 @@
 """Fixtures that several files use."""
 
 import pytest
+from rank_cases import pytest_pycollect_makemodule  # noqa: F401
 
 from protoclip_losses.kernels import blocks
 

@@ -1,4 +1,4 @@
-"""What goes into an engine, the rows of all ranks, and what comes out."""
+"""What goes into an engine, the points of all ranks, and what comes out; sums and means of the points of each cluster."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .._dtypes import sum_dtype
 from ..distributed import RankRows, rank
-from ..functional.back_translation import label_sums, means
+from ..functional.back_translation import segment_mean, segment_sum
 from .assign import BLOCK_ROWS
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What an engine is asked for; see :class:`EpisodicClusterer`. From centroids ``init`` there is one run."""
+class KMeansConfig:
+    """The settings of an engine, as :class:`KMeans` describes them. With centroids ``init`` there is one run."""
 
     niter: int
     tol: float
@@ -25,14 +25,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What an engine found.
+class EngineResult:
+    """What an engine returns.
 
     Attributes:
         centroids: (K, D) float32, equal on all ranks.
         objectives: sum of squared distances at each iteration.
-        reseeded: how often an empty cluster was given a new start.
-        labels: own rows' (n,), where there is no doubt which centroid is nearest, and -1 elsewhere; or None.
+        reseeded: how often an empty cluster was moved to a row of the data.
+        labels: (n,) int64 of this rank's points, -1 where rounding may decide which centroid is nearest; None if unknown.
     """
 
     centroids: Tensor
@@ -42,16 +42,22 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of all ranks in one order: this rank's ``points`` (n, D) lie at ``place`` (n,) in it; ``ranks`` holds them."""
+class ShardedPoints:
+    """The points of all ranks in one order.
+
+    Attributes:
+        points: (n, D), those of this rank.
+        position: (n,) int64, where they are among the points of all ranks.
+        ranks: how many each rank has.
+    """
 
     points: Tensor
-    place: Tensor
+    position: Tensor
     ranks: RankRows
 
     @property
     def total(self) -> int:
-        """Rows of all ranks."""
+        """Points of all ranks."""
         return self.ranks.total
 
     def sum(self, x: Tensor) -> Tensor:
@@ -59,50 +65,68 @@ class Rows:
         return self.ranks.sum(x)
 
     def in_order(self) -> Tensor:
-        """All rows, on every rank."""
-        if self.ranks.is_single and bool((self.place[1:] > self.place[:-1]).all()):
+        """All points by position, on every rank."""
+        if self.ranks.is_single and bool((self.position[1:] > self.position[:-1]).all()):
             return self.points
-        points, place = (self.ranks.gather(x) for x in (self.points, self.place))
-        return points[place.argsort()]
+        points, position = (self.ranks.gather(x) for x in (self.points, self.position))
+        return points[position.argsort()]
 
     def smallest(self, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The rows with the ``count`` smallest finite keys, or as many as there are: (m, D) float32, and their places (m,).
+        """The points with the ``count`` smallest finite keys (n,), or as many as there are: (m, D) float32, and positions (m,).
 
-        They come in the order of their places, and no other row travels.
+        They are sorted by position, the lowest position wins among equal keys, and no other point is communicated.
         """
-        offered = RankRows(self.ranks.group, [min(count, n) for n in self.ranks.sizes])
-        own_keys, own = keys.topk(offered.sizes[rank(offered.group)], largest=False)
-        keys, places = (offered.gather(x) for x in (own_keys, self.place[own]))
-        order = places.argsort()  # the first place among equal keys
+        candidates = RankRows(self.ranks.group, [min(count, n) for n in self.ranks.sizes])
+        own_keys, own = keys.topk(candidates.sizes[rank(candidates.group)], largest=False)
+        keys, positions = (candidates.gather(x) for x in (own_keys, self.position[own]))
+        order = positions.argsort()
         order = order[keys[order].argsort(stable=True)][:count]
-        chosen = places[order[keys[order].isfinite()]].sort().values
-        held = torch.isin(self.place[own], chosen)
-        rows = self.points.new_zeros((len(chosen), self.points.shape[1]), dtype=torch.float32)
-        rows[torch.searchsorted(chosen, self.place[own[held]])] = self.points[own[held]].float()
-        return self.sum(rows), chosen
+        chosen = positions[order[keys[order].isfinite()]].sort().values
+        held = torch.isin(self.position[own], chosen)
+        points = self.points.new_zeros((len(chosen), self.points.shape[1]), dtype=torch.float32)
+        points[torch.searchsorted(chosen, self.position[own[held]])] = self.points[own[held]].float()
+        return self.sum(points), chosen
 
 
-def sums_by_label(labels: Tensor, features: Tensor, num_labels: int, origin: Tensor | None = None) -> Tensor:
-    """Sum of ``features - origin`` under each label, with their number as a last column: (num_labels, D + 1); -1 is left out.
+def segment_sums_and_counts(labels: Tensor, points: Tensor, num_segments: int, origin: Tensor | None = None) -> Tensor:
+    """Sum of ``points - origin`` with each label, and their number as the last column: (num_segments, D + 1); -1 is left out.
 
-    In blocks, so that no second copy of the features is made.
+    In blocks, so that no second copy of the points is made.
     """
-    dtype = sum_dtype(features.device)
-    sums = torch.zeros((num_labels, features.shape[1] + 1), dtype=dtype, device=features.device)
-    for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_labels else ():
-        block = features[part].float()
+    dtype = sum_dtype(points.device)
+    sums = torch.zeros((num_segments, points.shape[1] + 1), dtype=dtype, device=points.device)
+    for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_segments else ():
+        block = points[part].float()
         block = torch.nn.functional.pad(block if origin is None else block - origin, (0, 1), value=1.0)
-        sums += label_sums(labels[part], block.to(dtype), num_labels, check_values=False)[0]
+        sums += segment_sum(labels[part], block.to(dtype), num_segments, check_values=False)[0]
     return sums
 
 
-def means_and_counts(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(K, D) and (K,) int64 of what :func:`sums_by_label` returned, or of its sum over ranks; a zero row where nothing was."""
+def segment_means_and_counts(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (K, D) and counts (K,) int64 from :func:`segment_sums_and_counts` or its sum over ranks; an empty row is zero."""
     counts = sums[:, -1].long()
-    return means(sums[:, :-1], counts), counts
+    return segment_mean(sums[:, :-1], counts), counts
 
 
-def finite_rows(features: Tensor) -> Tensor:
-    """Which rows (N,) hold no NaN or Inf."""
-    parts = [torch.isfinite(block).all(1) for block in torch.split(features, BLOCK_ROWS)]
-    return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool, device=features.device)
+def finite_rows(x: Tensor) -> Tensor:
+    """Which rows (N,) have no NaN or Inf."""
+    parts = [torch.isfinite(block).all(1) for block in torch.split(x, BLOCK_ROWS)]
+    return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool, device=x.device)
+
+
+def finite_points(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of ``x`` (N, D) are finite, and these rows, which are ``x`` itself if all are; ``name`` is for errors."""
+    x = x.detach()
+    finite = finite_rows(x)
+    points = x if bool(finite.all()) else x[finite]
+    largest = max((abs(float(value)) for value in points.aminmax()), default=0.0) if len(points) else 0.0
+    if not largest < 1e18 / x.shape[1] ** 0.5:
+        raise ValueError(f"{name} must be small enough for float32 to hold its squared distances, got {largest:.3g}")
+    # Rows of float64 are clustered in float32 like all others.
+    return finite, points.float() if points.dtype == torch.float64 else points
+
+
+def positions(index: Tensor | None, points: Tensor, ranks: RankRows) -> Tensor:
+    """Where this rank's points are among those of all ranks: in the order of their ``index`` (n,), or rank by rank."""
+    position = torch.arange(ranks.own.start, ranks.own.stop, device=points.device)
+    return position if index is None else ranks.gather(index).argsort().argsort()[position]

@@ -1,4 +1,4 @@
-"""What a clustering says of itself, as plain numbers."""
+"""How a K-means run went, as plain numbers for a log."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,18 +6,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClusteringReport:
-    """How K-means went, the same on every rank but for ``seconds``.
+    """How K-means went. Equal on all ranks except for ``seconds``.
+
+    Use it when: you log or compare clusterings: ``result.report.scalars()`` are floats for any logger.
+    Not when: you need the clustering itself: that is :class:`KMeansResult`.
+    Related: :class:`EpisodeReport`, which has one for each modality and teacher of an episode.
 
     Attributes:
         backend: the engine that ran.
-        reason: why that one.
-        objectives: sum of squared distances after each iteration's assignment; its length is the iterations that ran.
-        objective: that of the final labels.
-        imbalance: K times the sum of squared shares of the clusters; 1 if all are of one size, K if one holds everything.
-        empty: clusters without a sample at the end. They are masked.
-        reseeded: how often an empty cluster was given a new start on the way.
-        dropped: rows that held NaN or Inf.
-        seconds: of each stage.
+        reason: why it was chosen.
+        objectives: sum of squared distances at each iteration; its length is the number of iterations.
+        objective: sum of squared distances of the final labels.
+        imbalance: K times the sum of squared cluster shares: 1 if all clusters have the same size, K if one has all rows.
+        empty: clusters that have no row in the end.
+        reseeded: how often an empty cluster was moved to a row of the data.
+        dropped: rows with NaN or Inf, which were left out.
+        seconds: duration of each stage.
     """
 
     backend: str
@@ -31,7 +35,7 @@ class ClusteringReport:
     seconds: Mapping[str, float]
 
     def scalars(self) -> dict[str, float]:
-        """Every number under a name of its own, for any logger."""
+        """Every number under its own name, for any logger."""
         names = ("objective", "imbalance", "empty", "reseeded", "dropped")
         values = {name: float(getattr(self, name)) for name in names}
         return values | {"iterations": float(len(self.objectives))} | {f"seconds/{k}": v for k, v in self.seconds.items()}

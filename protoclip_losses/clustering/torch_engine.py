@@ -1,8 +1,13 @@
-"""K-means in PyTorch operators, on the device of the features and over all ranks: rows stay where they are, sums travel.
+"""K-means in PyTorch operators, on the device of the points and over all ranks: points stay where they are, sums travel.
 
-Lloyd's algorithm, with what cannot change left out. After an update only the clusters that won or lost a row have a new
-centroid. A row whose own centroid did not draw back from it can only be won by one of those; the others look at all K. At ten
-rows a centroid most clusters settle within a few iterations, and K-means ends when no label changes.
+Lloyd's algorithm without the work that cannot change its result. After an update only the clusters that gained or lost a point
+have a new centroid. As in Hamerly's algorithm, each point has one bound, on the scores of all centroids but its own: while its
+own score is above the bound, it is compared with the centroids that moved alone, and otherwise with all K. With about ten points
+per centroid most clusters settle within a few iterations.
+
+    Hamerly, "Making k-means even faster", SDM 2010: one bound for each point.
+    Efraimidis, Spirakis, "Weighted random sampling with a reservoir", Inf. Process. Lett. 97 (2006): exponential keys.
+    Bahmani et al., "Scalable k-means++", VLDB 2012 (k-means||): seeding in a few rounds.
 """
 
 import numpy as np
@@ -11,145 +16,155 @@ from torch import Tensor
 
 from .._dtypes import sum_dtype
 from .assign import BLOCK_ROWS, Scores
-from .points import Rows, Run, Settings, sums_by_label
+from .points import EngineResult, KMeansConfig, ShardedPoints, segment_sums_and_counts
 
-ROUNDS = 16  # in which the first centroids are drawn; K-means++ draws one a round
+SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
 
 
 @torch.no_grad()
-def kmeans(rows: Rows, num_prototypes: int, settings: Settings) -> Run:
-    """The best of ``nredo`` runs, on ``device``, where the rows are."""
-    nredo = settings.nredo if settings.init is None else 1
-    runs = [
-        _Lloyd(rows, num_prototypes, settings.spherical).run(settings.niter, settings.tol, settings.seed, run, settings.init)
+def kmeans(points: ShardedPoints, num_clusters: int, config: KMeansConfig) -> EngineResult:
+    """The best of ``nredo`` runs on ``config.device``, where the points are."""
+    nredo = config.nredo if config.init is None else 1
+    results = [
+        _Lloyd(points, num_clusters, config.spherical).run(config.niter, config.tol, config.seed, run, config.init)
         for run in range(nredo)
     ]
-    return min(runs, key=lambda run: run.objectives[-1])
+    return min(results, key=lambda result: result.objectives[-1])
 
 
-def waiting_times(seed: int, run: int, number: int, total: int) -> Tensor:
-    """An exponential random number for each row of all ranks: divided by weights, the smallest are a draw by weight."""
-    state = np.random.SeedSequence([seed, run, number]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+def exponential_keys(seed: int, run: int, draw: int, total: int) -> Tensor:
+    """An exponential random number for each point of all ranks: divided by weights, the smallest are a weighted draw.
+
+    Efraimidis and Spirakis (2006). The keys belong to positions, so that a draw does not depend on the number of ranks.
+    """
+    state = np.random.SeedSequence([seed, run, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.empty(total).exponential_(generator=torch.Generator().manual_seed(int(state)))
 
 
-def _settled(objectives: list[float], tol: float) -> bool:
+def _has_converged(objectives: list[float], tol: float) -> bool:
     return len(objectives) > 1 and objectives[-2] - objectives[-1] <= tol * objectives[-2]
 
 
 class _Lloyd:
-    def __init__(self, rows: Rows, num_prototypes: int, spherical: bool) -> None:
-        self.rows, self.num_prototypes, self.spherical = rows, num_prototypes, spherical
-        points, device = rows.points, rows.points.device
-        self.labels = torch.zeros(len(points), dtype=torch.int64, device=device)
-        self.score = torch.full((len(points),), -torch.inf, device=device)
-        self.bound = self.score.clone()  # what no centroid but a row's own scored higher than, when it was last looked at
-        self.counts = torch.zeros(num_prototypes, dtype=torch.int64, device=device)
-        self.centroids = torch.zeros((num_prototypes, points.shape[1]), device=device)
-        # Far from the origin a score holds no digits of a distance; directions have no other origin.
-        self.origin = torch.zeros(points.shape[1], device=device)
-        if not spherical:
-            self.origin = (self._sums(self.labels, 1)[0, :-1] / rows.total).float()
-        self.square = torch.zeros(len(points), device=device)
-        for part in torch.split(torch.arange(len(points), device=device), BLOCK_ROWS):
-            self.square[part] = self._block(part).square().sum(1)
+    """One run. Scores are ``x.c - |c|^2 / 2`` about ``origin``: the nearest centroid has the highest."""
 
-    def run(self, niter: int, tol: float, seed: int, run: int, init: Tensor | None) -> Run:
-        self._start(seed, run, init)
+    def __init__(self, points: ShardedPoints, num_clusters: int, spherical: bool) -> None:
+        self.points, self.num_clusters, self.spherical = points, num_clusters, spherical
+        own, device = points.points, points.points.device
+        self.labels = torch.zeros(len(own), dtype=torch.int64, device=device)
+        self.score = torch.full((len(own),), -torch.inf, device=device)  # of each point's own centroid
+        self.bound = self.score.clone()  # no other centroid's score is above it
+        self.counts = torch.zeros(num_clusters, dtype=torch.int64, device=device)
+        self.centroids = torch.zeros((num_clusters, own.shape[1]), device=device)
+        # Far from the origin a score has no digits left for a distance; directions have no other origin.
+        self.origin = torch.zeros(own.shape[1], device=device)
+        if not spherical:
+            self.origin = (self._sums_and_counts(self.labels, 1)[0, :-1] / points.total).float()
+        self.squared_norms = torch.zeros(len(own), device=device)
+        for part in torch.split(torch.arange(len(own), device=device), BLOCK_ROWS):
+            self.squared_norms[part] = self._block(part).square().sum(1)
+
+    def run(self, niter: int, tol: float, seed: int, run: int, init: Tensor | None) -> EngineResult:
+        self._init_centroids(seed, run, init)
         objectives: list[float] = []
         reseeded, changed = 0, self.labels
         while True:
-            news = self.score.new_zeros(self.num_prototypes + 1, dtype=sum_dtype(self.score.device))
-            news[changed] = 1
-            news[-1] = self._distances().to(news.dtype).sum()
-            news = self.rows.sum(news)
-            objectives.append(float(news[-1]))
-            before = self.centroids.clone()
-            self._update(news[:-1].nonzero()[:, 0])
-            reseeded += self._reseed(seed, run, ROUNDS + len(objectives))
+            # One collective an iteration: which clusters changed on any rank, and the objective.
+            stats = self.score.new_zeros(self.num_clusters + 1, dtype=sum_dtype(self.score.device))
+            stats[changed] = 1
+            stats[-1] = self._squared_distances().to(stats.dtype).sum()
+            stats = self.points.sum(stats)
+            objectives.append(float(stats[-1]))
+            previous = self.centroids.clone()
+            self._update(stats[:-1].nonzero()[:, 0])
+            reseeded += self._reseed(seed, run, SEEDING_ROUNDS + len(objectives))
             labels = self.labels.clone()
-            self._reassign((self.centroids != before).any(1))
-            if len(objectives) == niter or _settled(objectives, tol):
-                return Run(self.centroids + self.origin, tuple(objectives), reseeded, self._certain_labels())
+            self._reassign((self.centroids != previous).any(1))
+            if len(objectives) == niter or _has_converged(objectives, tol):
+                return EngineResult(self.centroids + self.origin, tuple(objectives), reseeded, self._certain_labels())
             differ = self.labels != labels
             changed = torch.cat([self.labels[differ], labels[differ]])
 
     def _certain_labels(self) -> Tensor:
-        """Labels by more than any rounding of a score, else -1."""
-        largest = self.square + self.centroids.square().sum(1).amax()
+        """Labels whose score is above the bound by more than rounding, and -1."""
+        largest = self.squared_norms + self.centroids.square().sum(1).amax()
         return self.labels.where(self.score - self.bound > 1e-5 * largest, -1)
 
     def _block(self, part: Tensor) -> Tensor:
-        return self.rows.points[part].float() - self.origin
+        return self.points.points[part].float() - self.origin
 
-    def _distances(self) -> Tensor:
-        return (self.square - 2 * self.score).clamp(min=0)
+    def _squared_distances(self) -> Tensor:
+        return (self.squared_norms - 2 * self.score).clamp(min=0)
 
-    def _start(self, seed: int, run: int, init: Tensor | None) -> None:
-        """The first centroids, and each row's nearest: a row drawn later is an offer to all, so the draw costs one assignment."""
-        columns = torch.arange(self.num_prototypes, device=self.labels.device)
+    def _init_centroids(self, seed: int, run: int, init: Tensor | None) -> None:
+        """The first centroids, and the nearest of them for each point.
+
+        Each round compares all points with the centroids of that round alone, so that seeding costs one assignment.
+        """
+        columns = torch.arange(self.num_clusters, device=self.labels.device)
+        everything = torch.arange(len(self.labels), device=self.labels.device)
         if init is not None:
-            self._move(columns, init.to(self.centroids))
-            return self._offer(columns, torch.arange(len(self.labels), device=columns.device))
+            self._place(columns, init.to(self.centroids))
+            return self._try_reassign(columns, everything)
         drawn = torch.zeros_like(self.labels, dtype=torch.bool)
         weights = torch.ones_like(self.score)
-        for number, part in enumerate(columns.tensor_split(min(ROUNDS, self.num_prototypes))):
-            rows, places = self._draw(len(part), seed, run, number, weights.masked_fill(drawn, 0))
-            drawn |= torch.isin(self.rows.place, places)
-            self._move(part, rows)
-            self._offer(part, torch.arange(len(self.labels), device=self.labels.device))
-            weights = self._distances().clamp(min=1e-30)  # equal rows are drawn when no other is left
+        for number, part in enumerate(columns.tensor_split(min(SEEDING_ROUNDS, self.num_clusters))):
+            points, positions = self._draw(len(part), seed, run, number, weights.masked_fill(drawn, 0))
+            drawn |= torch.isin(self.points.position, positions)
+            self._place(part, points)
+            self._try_reassign(part, everything)
+            weights = self._squared_distances().clamp(min=1e-30)  # equal points are drawn when no other is left
         return None
 
-    def _draw(self, count: int, seed: int, run: int, number: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """As many different rows by weight, and their places; rows of weight 0 are not drawn."""
-        waits = waiting_times(seed, run, number, self.rows.total).to(weights.device)[self.rows.place]
-        return self.rows.smallest(waits / weights, count)
+    def _draw(self, count: int, seed: int, run: int, draw: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to ``count`` different points of all ranks in proportion to ``weights`` (n,), and their positions."""
+        keys = exponential_keys(seed, run, draw, self.points.total).to(weights.device)[self.points.position]
+        return self.points.smallest(keys / weights, count)
 
-    def _move(self, columns: Tensor, rows: Tensor) -> None:
-        """Put these centroids at rows of the data."""
-        centroids = rows - self.origin
+    def _place(self, columns: Tensor, points: Tensor) -> None:
+        """Put these centroids at these points."""
+        centroids = points - self.origin
         self.centroids[columns] = torch.nn.functional.normalize(centroids, dim=1) if self.spherical else centroids
 
-    def _update(self, touched: Tensor) -> None:
-        """Means of the clusters that won or lost a row."""
-        number = torch.full((self.num_prototypes,), -1, device=touched.device)
-        number[touched] = torch.arange(len(touched), device=touched.device)
-        sums = self._sums(number[self.labels], len(touched))
-        self.counts[touched] = sums[:, -1].long()
+    def _update(self, changed: Tensor) -> None:
+        """Means of the clusters that gained or lost a point; an empty one keeps its centroid."""
+        segment = torch.full((self.num_clusters,), -1, device=changed.device)
+        segment[changed] = torch.arange(len(changed), device=changed.device)
+        sums = self._sums_and_counts(segment[self.labels], len(changed))
+        self.counts[changed] = sums[:, -1].long()
         means = (sums[:, :-1] / sums[:, -1:]).float()
         if self.spherical:
             means = torch.nn.functional.normalize(means, dim=1)
-        self.centroids[touched] = means.where(sums[:, -1:] > 0, self.centroids[touched])
+        self.centroids[changed] = means.where(sums[:, -1:] > 0, self.centroids[changed])
 
-    def _reseed(self, seed: int, run: int, number: int) -> int:
-        """Give empty clusters a row far from its centroid; how many there were rows for."""
+    def _reseed(self, seed: int, run: int, draw: int) -> int:
+        """Move empty clusters to points far from their centroids; how many there were points for."""
         empty = (self.counts == 0).nonzero()[:, 0]
         if len(empty) == 0:
             return 0
-        distances = self._distances()
-        apart = distances > 1e-5 * self.square  # less is rounding: there are no more distinct rows than centroids
-        rows, _ = self._draw(len(empty), seed, run, number, distances.where(apart, 0))
-        self._move(empty[: len(rows)], rows)
-        return len(rows)
+        distances = self._squared_distances()
+        distinct = distances > 1e-5 * self.squared_norms  # less is rounding of a point that equals its centroid
+        points, _ = self._draw(len(empty), seed, run, draw, distances.where(distinct, 0))
+        self._place(empty[: len(points)], points)
+        return len(points)
 
-    def _sums(self, labels: Tensor, num_labels: int) -> Tensor:
-        return self.rows.sum(sums_by_label(labels, self.rows.points, num_labels, self.origin))
+    def _sums_and_counts(self, labels: Tensor, num_segments: int) -> Tensor:
+        return self.points.sum(segment_sums_and_counts(labels, self.points.points, num_segments, self.origin))
 
     def _reassign(self, moved: Tensor) -> None:
-        """Bring labels up to date after some centroids ``moved`` (K,)."""
+        """Update labels, scores and bounds after the centroids ``moved`` (K,) changed."""
         own = moved[self.labels].nonzero()[:, 0]
         half_norms = self.centroids.square().sum(1) / 2
         for part in torch.split(own, BLOCK_ROWS):
             labels = self.labels[part]
             self.score[part] = (self._block(part) * self.centroids[labels]).sum(1) - half_norms[labels]
-        beaten = self.score < self.bound
-        self._offer(moved.nonzero()[:, 0], (~beaten).nonzero()[:, 0])
-        self.bound[beaten] = -torch.inf
-        self._offer(torch.arange(self.num_prototypes, device=moved.device), beaten.nonzero()[:, 0])
+        below = self.score < self.bound
+        self._try_reassign(moved.nonzero()[:, 0], (~below).nonzero()[:, 0])
+        self.bound[below] = -torch.inf
+        self._try_reassign(torch.arange(self.num_clusters, device=moved.device), below.nonzero()[:, 0])
 
-    def _offer(self, columns: Tensor, rows: Tensor) -> None:
-        """Let these rows go over to these centroids where that is nearer."""
+    def _try_reassign(self, columns: Tensor, rows: Tensor) -> None:
+        """Reassign these points to the nearest of these centroids where it is nearer than their own."""
         if len(columns) == 0 or len(rows) == 0:
             return
         scores = Scores(self.centroids[columns])
@@ -157,7 +172,7 @@ class _Lloyd:
             best, winner, second = scores.best(self._block(part))
             label, score = columns[winner], self.score[part]
             nearer = best > score
-            # The best of all but the row's centroid: of what is offered, and the centroid that it leaves.
+            # The highest score but that of the point's centroid: among the others compared, and the one that it leaves.
             other = second.where(nearer | (label == self.labels[part]), best)
             other = torch.where(nearer & (label != self.labels[part]), torch.maximum(other, score), other)
             self.bound[part] = torch.maximum(self.bound[part], other)

@@ -1,4 +1,4 @@
-"""Prototypical Back Translation: a teacher's clusters, rebuilt in the student's own space."""
+"""Prototypical Back Translation: a teacher's clusters as prototypes in the student's own space."""
 
 import torch
 from torch import Tensor
@@ -43,20 +43,20 @@ def back_translate(
     Source:
         ProtoCLIP section III-C, https://arxiv.org/abs/2206.10996.
     """
-    sums, counts = label_sums(labels, features, num_prototypes, check_values=check_values)
-    return means(sums, counts), counts
+    sums, counts = segment_sum(labels, features, num_prototypes, check_values=check_values)
+    return segment_mean(sums, counts), counts
 
 
-def means(sums: Tensor, counts: Tensor) -> Tensor:
+def segment_mean(sums: Tensor, counts: Tensor) -> Tensor:
     """Sums (K, D) over counts (K,), with a zero row where nothing was counted."""
     return sums / counts.clamp(min=1)[:, None].to(sums.dtype)
 
 
 @torch.no_grad()
-def label_sums(
+def segment_sum(
     labels: Tensor, features: Tensor, num_prototypes: int, *, check_values: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum (K, D) of the features under each label, and their number (K,); label -1 is left out."""
+    """Sum (K, D) of the features of each label, and their number (K,); label -1 is left out."""
     check.positive_int("num_prototypes", num_prototypes)
     check.matrix("features", features)
     check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
@@ -69,6 +69,6 @@ def label_sums(
     order = labels.argsort(stable=True)
     sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)
     starts = sizes.cumsum(0) - sizes
-    wide = features.detach().to(accumulation_dtype(features.dtype))
-    sums = torch.nn.functional.embedding_bag(order, wide, starts, mode="sum")
+    x = features.detach().to(accumulation_dtype(features.dtype))
+    sums = torch.nn.functional.embedding_bag(order, x, starts, mode="sum")
     return sums[1:], sizes[1:]

@@ -1,13 +1,9 @@
-"""InfoNCE between two modalities on one process."""
+"""InfoNCE between two modalities."""
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import RankRows
-from ..kernels import blocks
-from ..kernels.blocks import product_dtype, rows_per_block
-from ..kernels.info_nce import pair_nll_sum
+from ..kernels.info_nce import pair_nll_rows, pair_nll_sum
 
 
 def info_nce(
@@ -15,6 +11,7 @@ def info_nce(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    reduction: str = "mean",
     chunk_size: int | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
@@ -26,21 +23,23 @@ def info_nce(
 
     where :math:`Z^I, Z^T` are the features of the two modalities, row i of one belonging to row i of the other, and :math:`s` is
     the exponentiated logit scale. No B x B tensor is held beyond 512 MiB of logits; above that they are computed twice and
-    memory is linear in B. This function knows nothing of other processes: :class:`protoclip_losses.InfoNCE` does.
+    memory is linear in B. This function runs on one process; :class:`protoclip_losses.InfoNCE` gathers over processes.
 
     Args:
         image_features: (B, d), L2-normalised by the caller.
         text_features: (B, d), likewise; row i is the pair of image row i.
         logit_scale: :math:`s`, already exponentiated: a float, () or (1,). Gradients flow to it.
+        reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"``: :math:`\tfrac{1}{2}(\ell^I_i + \ell^T_i)` of each pair,
+            whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
         check_values: read the values to check that they are finite. None means on CPU in eager mode only.
 
     Returns:
-        The loss, a () tensor in float32 (float64 for float64 features): the mean over the batch.
+        The loss in float32 (float64 for float64 features): a () tensor, or (B,) with ``reduction="none"``.
 
     Raises:
         TypeError: features that are not floating-point tensors.
-        ValueError: shapes that do not match, an empty batch, a non-finite scale or feature.
+        ValueError: shapes that do not match, an empty batch, a non-finite scale or feature, an unknown reduction.
 
     Example:
         >>> import torch
@@ -54,8 +53,11 @@ def info_nce(
     """
     scale = check_pairs(image_features, text_features, logit_scale, check_values)
     check.chunk_rows(chunk_size)
-    total, _ = pair_sum(image_features, text_features, scale, chunk_size)
-    return total / image_features.shape[0]
+    check.reduction(reduction)
+    if reduction == "none":
+        return pair_nll_rows(image_features, text_features, scale, chunk_size)
+    total, _ = pair_nll_sum(image_features, text_features, scale, chunk_size)
+    return total if reduction == "sum" else total / image_features.shape[0]
 
 
 def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_values: bool | None) -> Tensor:
@@ -70,21 +72,3 @@ def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_
         check.finite("image_features", image)
         check.finite("text_features", text)
     return scale
-
-
-def pair_sum(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    chunk_size: int | None,
-    with_accuracy: bool = False,
-    ranks: RankRows | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum over own pairs of the InfoNCE loss among all ranks' pairs, and how many images rank their own text first."""
-    batch = image.shape[0]
-    ranks = ranks or RankRows(None, [batch])
-    columns = ranks.total
-    dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
-    keep = batch * columns * scale.element_size() <= blocks.LOGITS_BUDGET
-    chunk = rows_per_block(columns, dtype, chunk_size)
-    return pair_nll_sum(image.to(dtype), text.to(dtype), scale, chunk, keep, with_accuracy, ranks)

@@ -2,13 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..kernels import blocks
-from ..kernels import prototype_cross_entropy as kernel
-from ..kernels.blocks import product_dtype, rows_per_block
+from ..kernels.prototype_cross_entropy import label_nll_rows, label_nll_sum
 from .soft_targets import base_prototypes
 
 
@@ -21,6 +18,7 @@ def prototype_cross_entropy(
     targets: Tensor | None = None,
     valid: Tensor | None = None,
     ignore_index: int = -1,
+    reduction: str = "mean",
     chunk_size: int | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
@@ -43,15 +41,18 @@ def prototype_cross_entropy(
         targets: (K, D), :math:`M`; None means hard targets. May require gradient.
         valid: (K,) bool; a prototype that is not valid takes no probability mass. None means all are.
         ignore_index: rows with this label count neither in the sum nor in :math:`n`; with none left the loss is 0.
+        reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"``: the loss of each row, 0 where
+            ignored, whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
         check_values: read the values to check labels and finiteness. None means on CPU in eager mode only.
 
     Returns:
-        The loss, a () tensor in float32 (float64 for float64 features).
+        The loss in float32 (float64 for float64 features): a () tensor, or (B,) with ``reduction="none"``.
 
     Raises:
         TypeError: features that are not floating point, labels that are not int64, a mask that is not bool.
-        ValueError: shapes that do not match, labels out of range, a hard label of an invalid prototype, a non-finite input.
+        ValueError: shapes that do not match, labels out of range, a hard label of an invalid prototype, a non-finite input,
+            an unknown reduction.
 
     Example:
         >>> import torch
@@ -65,15 +66,18 @@ def prototype_cross_entropy(
     if targets is not None:
         check.matrix("targets", targets, rows=_rows(prototypes), width=_width(prototypes), of=" as prototypes")
         check.same_device("targets", targets, "features", features)
-    keep, safe = check_term(features, prototypes, labels, valid, ignore_index, targets is None, check_values)
+    row_mask, safe = check_term(features, prototypes, labels, valid, ignore_index, targets is None, check_values)
     scale = check.scale("logit_scale", logit_scale, features, check_values)
     check.chunk_rows(chunk_size)
+    check.reduction(reduction)
     base = base_prototypes(safe, valid)
-    offsets = None
+    delta = None
     if targets is not None:
-        offsets = targets.index_select(0, safe).to(scale.dtype) - prototypes.index_select(0, base).to(scale.dtype)
-    total, _ = prototype_sum(features, prototypes, base, keep, scale, offsets, valid, chunk_size)
-    return mean_of_kept(total, keep, check_values, features=features, prototypes=prototypes, targets=targets)
+        delta = targets.index_select(0, safe).to(scale.dtype) - prototypes.index_select(0, base).to(scale.dtype)
+    inputs = features, prototypes, base, row_mask, scale, delta, valid, chunk_size
+    loss = label_nll_rows(*inputs) if reduction == "none" else label_nll_sum(*inputs)[0]
+    check_finite_loss(loss, row_mask, check_values, features=features, prototypes=prototypes, targets=targets)
+    return mean_over_rows(loss, row_mask, features) if reduction == "mean" else loss
 
 
 def _rows(x: Tensor) -> int | None:
@@ -94,9 +98,9 @@ def check_term(
     check_values: bool | None,
     names: tuple[str, str] = ("features", "prototypes"),
 ) -> tuple[Tensor | None, Tensor]:
-    """Check one term's inputs; return the rows that count (B,) bool, None where it is known that all do, and safe labels.
+    """Check one term's inputs; return the mask of rows that are not ignored (B,), None if all are known to count, and labels.
 
-    Labels of rows that do not count become 0, so that they can be used as an index.
+    Labels of ignored rows become 0, so that they can be used as an index.
     """
     student, columns = names
     check.matrix(student, features)
@@ -111,73 +115,32 @@ def check_term(
     if not check.values_are_checked(features, check_values):
         counted = labels != ignore_index
         return counted, labels.where(counted, 0)
-    keep, safe = None, labels
+    row_mask: Tensor | None = None
+    safe = labels
     if not check.labels_within(labels, prototypes.shape[0], ignore_index):
-        keep = labels != ignore_index
-        safe = labels.where(keep, 0)
+        row_mask = labels != ignore_index
+        safe = labels.where(row_mask, 0)
         check.label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
-        keep = None if bool(keep.all()) else keep
+        row_mask = None if bool(row_mask.all()) else row_mask
     if valid is not None:
-        check.labels_valid("labels", safe, keep, valid, hard)
-    return keep, safe
+        check.labels_valid("labels", safe, row_mask, valid, hard)
+    return row_mask, safe
 
 
-def mean_of_kept(total: Tensor, keep: Tensor | None, check_values: bool | None, **inputs: Tensor | None) -> Tensor:
-    """A sum over the rows in ``keep`` over their number, or the error that names the input that made it non-finite.
+def check_finite_loss(loss: Tensor, row_mask: Tensor | None, check_values: bool | None, **inputs: Tensor | None) -> None:
+    """Raise the error that names the input that made the loss non-finite. The first input is the features.
 
-    Of the inputs the first are the features. They are read only once the sum is non-finite: a softmax hides no NaN and no Inf.
+    Inputs are read only once the loss is non-finite: a softmax hides no NaN and no Inf.
     """
     features = next(iter(inputs.values()))
     assert features is not None
-    if check.values_are_checked(features, check_values) and not math.isfinite(float(total.detach())):
+    if check.values_are_checked(features, check_values) and not math.isfinite(float(loss.detach().sum())):
         for name, x in inputs.items():
             if x is not None:
-                check.finite(name, x[keep] if x is features and keep is not None else x)
+                check.finite(name, x[row_mask] if x is features and row_mask is not None else x)
         raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} are finite")
-    return total / (max(1, features.shape[0]) if keep is None else keep.sum().clamp(min=1))
 
 
-def prototype_sum(
-    features: Tensor,
-    prototypes: Tensor,
-    base: Tensor,
-    keep: Tensor | None,
-    scale: Tensor,
-    offsets: Tensor | None = None,
-    valid: Tensor | None = None,
-    chunk_size: int | None = None,
-    with_accuracy: bool = False,
-) -> tuple[Tensor, Tensor]:
-    r"""Sum over the rows in ``keep`` of the term's loss, and how many of them put the base first (if asked for).
-
-    With base b and offset :math:`M_a - P_b`, the soft loss is the hard loss for b less :math:`s\, h \cdot (M_a - P_b)`. Both
-    are small where the loss is, so that no digits are lost to a difference of large numbers. Hard targets have no offset.
-    """
-    dtype = product_dtype(features)
-    h, prototypes = features.to(dtype), prototypes.to(dtype)
-    if valid is not None:
-        prototypes = prototypes.where(valid[:, None], 0)
-    if keep is not None:
-        h = h.where(keep[:, None], 0)
-    if offsets is not None:
-        offsets = offsets.to(scale.dtype)
-        if keep is not None:
-            offsets = offsets.where(keep[:, None], 0)
-    rows, columns = h.shape[0], prototypes.shape[0]
-    small = chunk_size is None and rows * columns <= blocks.DENSE_LOGITS
-    # Autograd would round in between in low precision, and cannot save what was made in inference mode.
-    if small and dtype == scale.dtype and not made_in_inference_mode(prototypes, base):
-        return kernel.dense_nll_sum(h, prototypes, scale, base, keep, valid, offsets, with_accuracy)
-    learned = None
-    if offsets is not None and offsets.requires_grad:
-        offsets, learned = None, offsets
-    chunk = rows_per_block(columns, dtype, chunk_size)
-    total, correct = kernel.label_nll_sum(h, prototypes, scale, base, keep, valid, offsets, chunk, with_accuracy)
-    if learned is not None:
-        total = total - scale * (h * learned).sum()
-    return total, correct
-
-
-def made_in_inference_mode(*inputs: Tensor) -> bool:
-    """Whether any of these is an inference tensor, which keeps no version and cannot be saved for backward."""
-    return not torch.compiler.is_compiling() and any(x.is_inference() for x in inputs)
+def mean_over_rows(total: Tensor, row_mask: Tensor | None, features: Tensor) -> Tensor:
+    """A sum over the rows in ``row_mask`` (None: all) over their number; 0 if there are none."""
+    return total / (max(1, features.shape[0]) if row_mask is None else row_mask.sum().clamp(min=1))

@@ -63,12 +63,12 @@ def soft_target_rows(
     *,
     relative: bool,
 ) -> Tensor:
-    r"""Rows M_a of the soft targets for these labels, at the price of these rows; or, ``relative`` to their base prototypes,
+    r"""Rows M_a of the soft targets for these labels, at the cost of these rows alone; or ``relative`` to their base prototypes,
 
     .. math::
         M_a - P_b = \sum_{j \ne b} y_{a j} P_j - \Big( \sum_{j \ne b} y_{a j} \Big) P_b
 
-    formed so and not by subtraction: an offset then keeps all its digits as the targets become hard.
+    formed by this sum and not by subtraction, so that the delta keeps all its digits as the targets become hard.
     """
     dtype = accumulation_dtype(torch.promote_types(teacher_centroids.dtype, prototypes.dtype))
     with torch.autocast(prototypes.device.type, enabled=False):
@@ -94,5 +94,5 @@ def soft_target_rows(
 
 
 def base_prototypes(labels: Tensor, valid: Tensor | None) -> Tensor:
-    """The prototype each soft target is written relative to: the label's own, or the first valid one where that is invalid."""
+    """The prototype that each soft target is relative to: the label's own, or the first valid one where that is not valid."""
     return labels if valid is None else labels.where(valid[labels], valid.int().argmax())

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..distributed import RankRows, active_group
 from ..functional.info_nce import info_nce
-from ..functional.prototype_cross_entropy import check_term, mean_of_kept, prototype_sum
+from ..functional.prototype_cross_entropy import check_finite_loss, check_term, mean_over_rows
+from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..losses.prototype_loss import PrototypeLoss
 
-PAIRS_KEPT = 8  # centroid pairs whose targets are kept: the loop has four
+PAIRS_CACHED = 8  # centroid pairs whose soft targets are cached: the loop has four
 
 
 def gather_features(image_features: Tensor, text_features: Tensor, *flags: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ class ProtoLoss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._soft: dict[tuple[int, int, float], _Soft] = {}
+        self._soft: dict[tuple[int, int, float], PrototypeLoss] = {}
 
     def forward(
         self,
@@ -91,7 +92,7 @@ class ProtoLoss(nn.Module):
         teacher_temperature: float,
         labels: Tensor,
     ) -> tuple[Tensor, float]:
-        """The mean loss over rows with a label, and the share of all rows, in percent, whose own prototype comes first.
+        """The mean loss over rows with a label, and the percentage of all rows whose own prototype has the largest logit.
 
         Args:
             student_features: (B, D), L2-normalised.
@@ -101,25 +102,19 @@ class ProtoLoss(nn.Module):
             teacher_temperature: of the soft targets; not positive means hard targets.
             labels: (B,) int64 clusters; -1 is ignored.
         """
-        temperature = check.optional_temperature("teacher_temperature", teacher_temperature)
+        temperature = check.temperature("teacher_temperature", teacher_temperature) if teacher_temperature > 0 else None
         names = "student_features", "student_centroids"
-        keep, safe = check_term(student_features, student_centroids, labels, None, -1, temperature is None, None, names)
+        row_mask, safe = check_term(student_features, student_centroids, labels, None, -1, temperature is None, None, names)
         scale = check.scale("logit_scale_student", logit_scale_student, student_features, None)
-        offsets = None
+        delta = None
         if temperature is not None:
             check.matrix("teacher_centroids", teacher_centroids, rows=len(student_centroids), of=" as student_centroids")
             key = id(student_centroids), id(teacher_centroids), temperature
             if key not in self._soft:
-                self._soft = dict(list(self._soft.items())[1 - PAIRS_KEPT :])
-                self._soft[key] = _Soft(temperature)
-            offsets = self._soft[key].offsets(student_centroids, teacher_centroids, safe)
-        total, correct = prototype_sum(student_features, student_centroids, safe, keep, scale, offsets, with_accuracy=True)
+                self._soft = dict(list(self._soft.items())[1 - PAIRS_CACHED :])
+                self._soft[key] = PrototypeLoss(temperature)
+            delta = self._soft[key].target_delta(student_centroids, teacher_centroids, safe)
+        total, correct = label_nll_sum(student_features, student_centroids, safe, row_mask, scale, delta, with_accuracy=True)
         inputs = {"student_features": student_features, "student_centroids": student_centroids}
-        return mean_of_kept(total, keep, None, **inputs), 100 * float(correct) / len(labels)
-
-
-class _Soft(PrototypeLoss):
-    """The soft targets of one pair of centroids, kept by it while the pair is what it was."""
-
-    def offsets(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return self._offsets(student, teacher, labels, None)
+        check_finite_loss(total, row_mask, None, **inputs)
+        return mean_over_rows(total, row_mask, student_features), 100 * float(correct) / len(labels)

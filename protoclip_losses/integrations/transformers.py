@@ -13,7 +13,7 @@ from .._checks import require
 from ..episodes import EpisodeOrder, EpisodeSampler, WithIndex, extract
 from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
-from ..prototypes import EpisodicClusterer, OnlinePrototypes
+from ..prototypes import EpisodicClusterer
 from ..teachers import TeacherAdapter
 
 require("transformers", "transformers")
@@ -23,7 +23,7 @@ STATE_FILE = "proto_loss.pt"
 
 
 class _Projected:
-    """Goes before CLIPModel among a model's classes. In training, forward returns what ProtoLoss takes and builds no logits."""
+    """A mixin before CLIPModel: in training, forward returns the arguments of ProtoLoss and builds no logits."""
 
     def features(self: Any, pixel_values: Any, input_ids: Any, attention_mask: Any, position_ids: Any) -> dict[str, Tensor]:
         image = self.get_image_features(pixel_values).pooler_output
@@ -31,7 +31,7 @@ class _Projected:
         unit = {"image_features": F.normalize(image, dim=-1), "text_features": F.normalize(text, dim=-1)}
         return {**unit, "logit_scale": self.logit_scale.exp(), **self.proto(image, text)}
 
-    # Trainer drops the columns that are not named here: `index` has to be.
+    # Trainer drops the columns that are not named here, so `index` has to be.
     def forward(
         self: Any,
         input_ids: Any = None,
@@ -49,8 +49,8 @@ class _Projected:
 def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "batch") -> Any:
     """Give a ``CLIPModel`` :class:`~protoclip_losses.heads.ProjectionHeads` as ``model.proto``.
 
-    In training mode its forward then returns the arguments of :class:`~protoclip_losses.ProtoLoss`, in eval mode what it always
-    did. The model stays an instance of its class; what it saves gains the entries under ``proto``.
+    In training mode its forward then returns the arguments of :class:`~protoclip_losses.ProtoLoss`, in eval mode the usual
+    output. The model stays an instance of its class; its ``state_dict()`` gains the entries under ``proto``.
     """
     if not isinstance(model, CLIPModel):
         raise TypeError(f"model must be a CLIPModel, got {type(model).__name__}")
@@ -60,13 +60,17 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
 
 
 class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
-    """``Trainer`` for a ``CLIPModel``, with ProtoLoss in place of the model's own loss.
+    """A ``Trainer`` that trains a ``CLIPModel`` with ProtoLoss.
+
+    **Use it when:** you train or fine-tune a ``CLIPModel`` with ``Trainer`` on a data set with a length.
+    **Not when:** the data set is a stream: write a loop with :class:`~protoclip_losses.StreamEpisodes`.
+    **Related:** :class:`~protoclip_losses.ProtoLoss`, :func:`add_heads`, ``examples/host_transformers.py``.
 
     Each epoch is an episode: its samples are drawn without replacement, their features extracted, clustered and
-    back-translated, and then trained on. Everything that ``Trainer`` takes is taken by name, and does what it did.
+    back-translated, and then trained on. Every argument of ``Trainer`` is accepted by name and means the same.
 
-    If ``loss`` comes with :class:`~protoclip_losses.OnlinePrototypes` set, there is no extraction, and ``num_prototypes``,
-    ``warmup_epochs`` and ``clusterer`` have no effect: the loss does it all.
+    If :class:`~protoclip_losses.OnlinePrototypes` are set in ``loss``, there is no extraction, and ``num_prototypes``,
+    ``warmup_epochs`` and ``clusterer`` have no effect.
 
     Args:
         model: a ``CLIPModel``; it is given heads, see :func:`add_heads`, unless it has them.
@@ -75,7 +79,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         num_prototypes: K; default one per 10 samples of an episode.
         episode_size: samples per epoch; default the whole data set.
         warmup_epochs: first epochs without prototypes.
-        clusterer: in place of ``EpisodicClusterer(num_prototypes, seed=args.data_seed or args.seed)``.
+        clusterer: used instead of ``EpisodicClusterer(num_prototypes, seed=args.data_seed or args.seed)``.
         teachers: external teachers by name; row i belongs to item i of ``train_dataset``.
         heads: arguments of :func:`add_heads`.
 
@@ -105,7 +109,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         number = num_prototypes or max(1, len(self.order) // 10)
         self.clusterer = clusterer or EpisodicClusterer(number, seed=seed)
         self.loss, self.teachers, self.warmup_epochs = loss or ProtoLoss(), teachers or {}, warmup_epochs
-        self.online, self.is_restored = isinstance(self.loss.prototypes, OnlinePrototypes), False
+        self.online, self.is_restored = not self.loss.needs_episodes, False
         if not hasattr(model, "proto"):
             add_heads(model, **(heads or {}))
         super().__init__(model, args, train_dataset=WithIndex(train_dataset), **trainer)
@@ -114,7 +118,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(EpisodeCallback(self))
 
     def start_epoch(self, number: int, is_resumed: bool) -> None:
-        """Draw the episode and set its prototypes; those of an epoch that is gone on with are the ones that were saved."""
+        """Draw the episode and set its prototypes; those of a resumed epoch are the saved ones."""
         self.order.set_epoch(number)
         if self.online:
             return
@@ -150,7 +154,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         return self.order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model, and the prototypes beside it, so that an epoch can be gone on with; online each rank's queue."""
+        """The model, and next to it the prototypes, so that an epoch can be resumed; in online mode each rank's queue."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save or self.online:
             folder = Path(output_dir or self.args.output_dir)
@@ -169,22 +173,22 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
 
 
 class EpisodeCallback(TrainerCallback):  # type: ignore[misc]
-    """What :class:`ProtoCLIPTrainer` does between steps: an episode at the start of each epoch, the clamp of the scale."""
+    """Starts an episode at the beginning of each epoch and clamps the scale after each step."""
 
     def __init__(self, trainer: ProtoCLIPTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Start an episode, or go on with one that was interrupted."""
+        """Start an episode, or resume an interrupted one."""
         self.trainer.start_epoch(int(state.epoch), is_resumed=state.epoch % 1 > 0)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Keep the scale of the prototype terms where CLIP keeps its own."""
+        """Clamp the scale of the prototype terms as CLIP clamps its own."""
         self.trainer.model.proto.clamp_scale()
 
 
 class _CollateIndex:
-    """A collator beside which the sample indices pass: one of the user's may know nothing of them."""
+    """Passes the sample indices around a collator, which may not know them."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate

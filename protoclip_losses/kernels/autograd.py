@@ -1,14 +1,15 @@
-"""How a kernel that computes its gradients together with its value takes part in autograd and in torch.compile."""
+"""How the kernels take part in autograd and in torch.compile."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Precomputed(torch.autograd.Function):
-    """``(total, correct)`` of a kernel that returns them with the gradients of three inputs, its first three.
+    """``(total, correct)`` of a kernel that returns them together with the gradients of its first three inputs.
 
     The gradients are constants by the time backward asks for them: it only multiplies them by the incoming one.
     """
@@ -17,7 +18,7 @@ class Precomputed(torch.autograd.Function):
     def forward(ctx: Any, name: str, kernel: Callable[..., Sequence[Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
         total, correct, *gradients = kernel(*inputs)
         ctx.save_for_backward(*gradients, *(x for x in inputs[:3] if x.requires_grad))
-        ctx.name, ctx.dtypes, ctx.others = name, [x.dtype for x in inputs[:3]], len(inputs) - 3
+        ctx.name, ctx.dtypes, ctx.num_others = name, [x.dtype for x in inputs[:3]], len(inputs) - 3
         ctx.mark_non_differentiable(correct)
         return total, correct
 
@@ -29,11 +30,11 @@ class Precomputed(torch.autograd.Function):
         results = [(g * grad).to(dtype) if needed else None for g, dtype, needed in wanted]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             results = [None if g is None else _NotTwice.apply(ctx.name, g, *inputs) for g in results]  # type: ignore[no-untyped-call]
-        return None, None, *results, *[None] * ctx.others
+        return None, None, *results, *[None] * ctx.num_others
 
 
 class _NotTwice(torch.autograd.Function):
-    """A gradient that says so when it is differentiated: as a constant it would drop terms in silence."""
+    """A gradient that raises when it is differentiated: as a constant it would silently drop terms."""
 
     @staticmethod
     def forward(ctx: Any, name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -46,10 +47,19 @@ class _NotTwice(torch.autograd.Function):
 
 
 def run(name: str, kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """Run the kernel of a public function under autograd: as it is in eager mode, as an opaque operator in a traced graph."""
+    """Run the kernel of a public function under autograd: directly in eager mode, as an opaque operator in a traced graph."""
     chosen = operator if torch.compiler.is_compiling() else kernel
     result: tuple[Tensor, Tensor] = Precomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
     return result
+
+
+def recomputed_blocks(function: Callable[[slice], Tensor], rows: int, chunk: int) -> Tensor:
+    """``function`` of each block of ``rows``, (rows,). Autograd keeps nothing of a block: backward computes it again."""
+    parts = []
+    for start in range(0, rows, chunk):
+        block = slice(start, min(start + chunk, rows))
+        parts.append(checkpoint(function, block, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts)
 
 
 class _KeepInGraph(torch.autograd.Function):

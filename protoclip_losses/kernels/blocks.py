@@ -1,4 +1,4 @@
-"""What both kernels do with one block of logits: how large it is, its product, and the softmax in its place."""
+"""Blocks of logits: how large they are, their product, and the softmax in place. Every size and budget stands here."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ DENSE_LOGITS = 2**18
 
 
 def rows_per_block(columns: int, dtype: torch.dtype, chunk_size: int | None) -> int:
-    """Rows of a block of logits with ``columns`` columns: what the caller asked for, or what fits."""
+    """Rows of a block of logits with ``columns`` columns: ``chunk_size`` if it is given, else what fits into BLOCK_BYTES."""
     if chunk_size is not None:
         return chunk_size
-    item = {torch.float64: 8, torch.float16: 6}.get(dtype, 4)  # of float16: float32 logits, and their product beside them
+    item = {torch.float64: 8, torch.float16: 6}.get(dtype, 4)  # float16: logits in float32, and their product in float16
     return max(1, min(1024, BLOCK_BYTES // (item * max(1, columns))))
 
 
@@ -29,51 +29,67 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class LogitBlocks:
-    """Logits ``s q K^T`` of blocks of queries against all keys, in buffers that are used again from block to block.
+    """Logits ``s q K^T`` of blocks of queries against all keys, in buffers that are reused from block to block.
 
     The product is rounded to the dtype of its inputs; everything after it is in the accumulation dtype, that of ``scale``. With
-    ``narrow`` the logits stay in the dtype of the product, scaled before they are rounded: half the memory to go through.
+    ``narrow`` the logits stay in the dtype of the product, scaled before they are rounded: half the memory traffic.
     """
 
     def __init__(self, keys: Tensor, scale: Tensor, rows: int, narrow: bool = False) -> None:
         self.keys, self.scale = keys, scale
-        self.low = keys.dtype != scale.dtype and not narrow
+        self.rounds = keys.dtype != scale.dtype and not narrow
         self.logits = keys.new_empty((rows, keys.shape[0]), dtype=keys.dtype if narrow else scale.dtype)
-        self.product = keys.new_empty((rows, keys.shape[0])) if self.low else self.logits
+        self.product = keys.new_empty((rows, keys.shape[0])) if self.rounds else self.logits
 
     def __call__(self, queries: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits of these queries, in ``out`` or in the buffer that the next call writes to."""
+        """Logits of these queries, in ``out`` or in the buffer that the next call overwrites."""
         logits = self.logits[: len(queries)] if out is None else out
-        if not self.low:
+        if not self.rounds:
             return torch.mm(queries * self.scale, self.keys.T, out=logits)
         product = torch.mm(queries, self.keys.T, out=self.product[: len(queries)])
         return logits.copy_(product).mul_(self.scale)
 
     def rounded(self, probabilities: Tensor) -> Tensor:
         """Probabilities in the dtype of the products."""
-        return self.product[: len(probabilities)].copy_(probabilities) if self.low else probabilities
+        return self.product[: len(probabilities)].copy_(probabilities) if self.rounds else probabilities
 
 
 def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits (b, K) into probabilities in place; return those of the labels less 1, and their ``-log``, all (b,).
+    """Turn logits (b, K) into probabilities in place; return the labels' probabilities less 1, and their ``-log``, both (b,).
 
-    Where a label's probability underflows, its loss is taken from the largest probability instead, and from the difference of
-    the two logits, found anew from queries and keys. Where low precision rounds it up to 1, from those of the others.
+    Where a label's probability underflows, its loss comes from the largest probability and from the difference of the two
+    logits, computed again from queries and keys. Where low precision rounds it up to 1, it comes from the other probabilities.
     """
     torch.softmax(logits, 1, out=logits)
     own = torch.arange(len(logits), device=logits.device), labels
     probability = logits[own].to(scale.dtype)
-    lacking, nll = probability - 1, -probability.log()
-    on_cpu = logits.device.type == "cpu"  # on an accelerator asking whether any row is special would wait for the device
+    residual, nll = probability - 1, -probability.log()
+    on_cpu = logits.device.type == "cpu"  # on an accelerator, reading whether any row is special would wait for the device
     if logits.dtype != scale.dtype and not (on_cpu and float(probability.max()) < 0.5):
         logits[own] = 0
         others = -torch.mv(logits, torch.ones_like(logits[0])).to(scale.dtype)
-        rounded = probability > 0.5
-        lacking, nll = others.where(rounded, lacking), (-torch.log1p(others)).where(rounded, nll)
+        is_large = probability > 0.5
+        residual, nll = others.where(is_large, residual), (-torch.log1p(others)).where(is_large, nll)
     smallest = 16 * torch.finfo(logits.dtype).tiny
     if on_cpu and float(probability.min()) > smallest:
-        return lacking, nll
+        return residual, nll
     largest, winners = logits.max(1)
-    wide = queries.to(scale.dtype)
-    first, second = ((wide * keys[x]).sum(1).to(keys.dtype).to(scale.dtype) for x in (winners, labels))  # rounded as the block
-    return lacking, nll.where(probability > smallest, (first - second) * scale - largest.to(scale.dtype).log())
+    exact = queries.to(scale.dtype)
+    first, second = ((exact * keys[x]).sum(1).to(keys.dtype).to(scale.dtype) for x in (winners, labels))  # rounded as the block
+    return residual, nll.where(probability > smallest, (first - second) * scale - largest.to(scale.dtype).log())
+
+
+def label_is_first(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which rows of (b, K) logits have their largest entry at the label, (b,) bool. A tie counts for the lowest column alone."""
+    if logits.device.type != "cpu":
+        return logits.argmax(1) == labels
+    # A maximum without its position is ten times faster here; positions are needed only where the label is tied.
+    own = torch.arange(len(logits), device=logits.device), labels
+    values = logits[own]
+    logits[own] = -torch.inf
+    others = logits.amax(1)
+    logits[own] = values
+    is_first, tied = values > others, values == others
+    if bool(tied.any()):
+        is_first[tied] = logits[tied].argmax(1) == labels[tied]
+    return is_first

@@ -6,13 +6,13 @@ With x_ij = s z^I_i.z^T_j, log normalisers R_i of the rows and C_j of the column
     G_ij = (p_ij + exp(x_ij - C_j)) / 2 - [i = j] = p_ij (1 + exp(R_i - C_j)) / 2 - [i = j]
     d loss / d z^I = s G z^T,      d loss / d z^T = s G^T z^I
 
-Two passes over blocks of rows: the first finds R, C and p, the second the gradients. The columns need no exponential of their
-own: exp(x_ij) = p_ij exp(R_i), so that C is a matrix-vector product and G a rank-one rescaling of p. The p_ij are kept
-between the passes while they fit a stated budget (three products in all) and are computed again beyond it (four products,
+Two passes over blocks of rows: the first computes R, C and p, the second the gradients. The columns need no exponential of
+their own: exp(x_ij) = p_ij exp(R_i), so C is a matrix-vector product and G a rank-one rescaling of p. The p_ij are cached
+between the passes while they fit LOGITS_BUDGET (three products in all) and are computed again beyond it (four products,
 memory linear in B). Where normalisers lie too far apart for that product, columns get their own exponentials.
 
-Over ranks, each has the rows of its images and the columns of all texts: R is its own, C and the gradient of the texts are
-sums over ranks. Between them go the texts, a few numbers for each column, and the texts' gradient.
+Over ranks, each has the rows of its own images and the columns of all texts: R is local, C and the gradient of the texts are
+sums over ranks. Ranks exchange the texts, a few numbers per column, and the texts' gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import RankRows
-from .autograd import run
-from .blocks import LogitBlocks, softmax_nll
+from . import blocks
+from .autograd import recomputed_blocks, run
+from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -39,7 +40,7 @@ def pair_nll(
     text: Tensor,
     scale: Tensor,
     chunk: int,
-    keep: bool,
+    cache_logits: bool,
     with_gradient: bool,
     with_accuracy: bool,
     ranks: RankRows | None = None,
@@ -47,14 +48,14 @@ def pair_nll(
     """Sum over own pairs of the two directions' mean loss, how many images rank their text first, and gradients.
 
     Gradients are with respect to own image (b, d), own text (b, d) and scale (). Those of image and text are of the sum over
-    the pairs of all ranks; that of the scale is a share, of which the sum over ranks is the gradient of that sum. What is not
-    asked for is empty or zero.
+    the pairs of all ranks; that of the scale is a share: summed over ranks it is the gradient of that sum. What is not asked
+    for is empty or zero.
     """
     with torch.autocast(image.device.type, enabled=False):
         ranks = ranks or RankRows(None, [image.shape[0]])
         pass_over = _Pass(image, text, scale, chunk, with_accuracy, ranks)
-        kept = scale.new_empty((image.shape[0], pass_over.texts.shape[0])) if keep and with_gradient else None
-        row_nll, others = pass_over.normalisers(kept)
+        cached = scale.new_empty((image.shape[0], pass_over.texts.shape[0])) if cache_logits and with_gradient else None
+        row_nll, others = pass_over.normalisers(cached)
         own = pass_over.own
         pair = ranks.gather(pass_over.pair)
         rows, column_nll = pass_over.pair + row_nll, F.softplus(others - pair, threshold=40)  # beyond it float64 sees no more
@@ -67,11 +68,11 @@ def pair_nll(
         if not with_gradient:
             empty = scale.new_zeros((0, image.shape[1]))
             return total, pass_over.correct, empty, empty.clone(), scale.new_zeros(())
-        return total, pass_over.correct, *pass_over.gradients(kept, row_nll, columns, column_nll, rescaled)
+        return total, pass_over.correct, *pass_over.gradients(cached, row_nll, columns, column_nll, rescaled)
 
 
 class _Pass:
-    """The passes over blocks of rows, and what they share."""
+    """The two passes over blocks of rows, and what they share."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool, ranks: RankRows) -> None:
         self.image, self.texts, self.scale, self.chunk = image, ranks.gather(text), scale, min(chunk, image.shape[0])
@@ -87,21 +88,21 @@ class _Pass:
             yield slice(start, start + self.chunk)
 
     def diagonal(self, block: Tensor, rows: slice) -> Tensor:
-        """The own pairs within a block of rows."""
+        """The entries of own pairs within a block of rows."""
         return block.diagonal(self.own.start + rows.start)
 
-    def normalisers(self, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """-log p_ii of the rows, and log of each column's mass without its own pair. Fills ``kept`` with p, its diagonal 0."""
+    def normalisers(self, cached: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-log p_ii of the rows, and log of each column's mass without its own pair. Fills ``cached`` with p, its diagonal 0."""
         row_nll = torch.empty_like(self.pair)
         others = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         for rows in self.slices():
             z = self.image[rows]
-            p = self.blocks(z, None if kept is None else kept[rows])
+            p = self.blocks(z, None if cached is None else cached[rows])
             self.pair[rows] = self.diagonal(p, rows)
+            if self.with_accuracy:
+                self.correct += label_is_first(p, self.labels[rows]).sum()
             row_nll[rows] = softmax_nll(p, self.labels[rows], z, self.texts, self.scale)[1]
             diagonal = self.diagonal(p, rows)
-            if self.with_accuracy:
-                self.correct += (diagonal >= p.amax(1)).sum()
             diagonal.zero_()
             normaliser = self.pair[rows] + row_nll[rows]
             top = normaliser.max()
@@ -120,7 +121,7 @@ class _Pass:
         return self.ranks.logsumexp(top + mass.log())
 
     def gradients(
-        self, kept: Tensor | None, row_nll: Tensor, columns_lse: Tensor, column_nll: Tensor, rescaled: bool
+        self, cached: Tensor | None, row_nll: Tensor, columns_lse: Tensor, column_nll: Tensor, rescaled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of image, text and scale."""
         rows_lse = self.pair + row_nll
@@ -134,8 +135,8 @@ class _Pass:
         for rows in self.slices():
             z = self.image[rows]
             factor = buffer[: len(z)]
-            if rescaled and kept is not None:
-                p = kept[rows]
+            if rescaled and cached is not None:
+                p = cached[rows]
             else:
                 p = self.blocks(z)
                 if not rescaled:
@@ -158,7 +159,7 @@ pair_nll_operator = torch.library.custom_op(
     "protoclip_losses::pair_nll",
     pair_nll,
     mutates_args=(),
-    schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool keep, bool with_gradient, bool with_accuracy) "
+    schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool cache_logits, bool with_gradient, bool with_accuracy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -171,12 +172,41 @@ def _fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> Result:
 
 
 def pair_nll_sum(
-    image: Tensor, text: Tensor, scale: Tensor, chunk: int, keep: bool, with_accuracy: bool, ranks: RankRows
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    chunk_size: int | None,
+    *,
+    with_accuracy: bool = False,
+    ranks: RankRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`pair_nll` under autograd: the sum, differentiable, and the count."""
+    """Sum over own pairs of the InfoNCE loss among all ranks' pairs, differentiable; how many images rank their text first."""
+    image, text = in_product_dtype(image, text)
+    ranks = ranks or RankRows(None, [image.shape[0]])
+    cache_logits = image.shape[0] * ranks.total * scale.element_size() <= blocks.LOGITS_BUDGET
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    inputs = image, text, scale, chunk, keep, wanted, with_accuracy
+    inputs = image, text, scale, rows_per_block(ranks.total, image.dtype, chunk_size), cache_logits, wanted, with_accuracy
     return run("info_nce", pair_nll, pair_nll_operator, *inputs) if ranks.is_single else _run_outside_of_graphs(*inputs, ranks)
+
+
+def in_product_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Both features in the dtype of their product."""
+    dtype = product_dtype(image if image.dtype == text.dtype else image.to(torch.promote_types(image.dtype, text.dtype)))
+    return image.to(dtype), text.to(dtype)
+
+
+def pair_nll_rows(image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None) -> Tensor:
+    """Each pair's mean of the two directions, (B,), by a dense expression for each block of rows that backward runs again."""
+    image, text = in_product_dtype(image, text)
+
+    def rows(block: slice) -> Tensor:
+        pairs = torch.arange(block.start, block.stop, device=image.device)
+        with torch.autocast(image.device.type, enabled=False):
+            of_images = (image[block] @ text.T).to(scale.dtype) * scale
+            of_texts = (text[block] @ image.T).to(scale.dtype) * scale
+        return (F.cross_entropy(of_images, pairs, reduction="none") + F.cross_entropy(of_texts, pairs, reduction="none")) / 2
+
+    return recomputed_blocks(rows, image.shape[0], rows_per_block(image.shape[0], image.dtype, chunk_size))
 
 
 # Collectives of a kernel have no place in a traced graph.

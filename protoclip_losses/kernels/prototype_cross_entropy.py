@@ -6,8 +6,8 @@ Per row, with p = softmax_j(s h.P_j) and label a::
     d loss / d h = s (sum_j p_j P_j - P_a),   d loss / d s = h.(sum_j p_j P_j - P_a),   d loss / d P_j = s (p_j - [j = a]) h
 
 so forward and backward together take two K-wide products per block (three when the prototypes are learned), and no more
-memory than a block of logits. Soft targets M_a are the hard one and a constant offset o = M_a - P_a, which takes s h.o from the
-loss, s o from d loss / d h and h.o from d loss / d s.
+memory than a block of logits. A soft target M_a is the hard target P_a plus a constant delta d = M_a - P_a, which subtracts
+s h.d from the loss, s d from d loss / d h and h.d from d loss / d s.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import run
-from .blocks import LogitBlocks, softmax_nll
+from . import blocks
+from .autograd import recomputed_blocks, run
+from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -27,19 +28,19 @@ def label_nll(
     prototypes: Tensor,
     scale: Tensor,
     labels: Tensor,
-    keep: Tensor | None,
+    row_mask: Tensor | None,
     valid: Tensor | None,
-    offsets: Tensor | None,
+    target_delta: Tensor | None,
     chunk: int,
     with_gradient: bool,
     with_prototype_gradient: bool,
     with_accuracy: bool,
 ) -> Result:
-    """Sum of the losses of the rows in ``keep`` (None: all), how many of them put their label first, and the gradients.
+    """Sum of the losses of the rows in ``row_mask`` (None: all), how many of them put their label first, and the gradients.
 
-    Offsets (B, D) are of the targets relative to the labels' prototypes, None for hard targets. Gradients are those of the sum,
-    with respect to features (B, D), prototypes (K, D) and scale (); what is not asked for is empty or zero. Features and
-    offsets of rows that are not kept must be zero, and what they get as gradient is to be left out.
+    ``target_delta`` (B, D) holds the targets less the labels' prototypes, None for hard targets. Gradients are those of the
+    sum, with respect to features (B, D), prototypes (K, D) and scale (); what is not asked for is empty or zero. Features and
+    deltas of masked rows must be zero, and the gradient they get must not be used.
     """
     batch, width = features.shape
     total = scale.new_zeros(())
@@ -48,25 +49,26 @@ def label_nll(
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     with torch.autocast(features.device.type, enabled=False):
-        blocks = LogitBlocks(prototypes, scale, min(chunk, batch), narrow=prototypes.dtype == torch.bfloat16)
+        logit_blocks = LogitBlocks(prototypes, scale, min(chunk, batch), narrow=prototypes.dtype == torch.bfloat16)
         for start in range(0, batch, chunk):
             rows = slice(start, start + chunk)
             h, label = features[rows], labels[rows]
-            logits = blocks(h)
+            logits = logit_blocks(h)
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
             if with_accuracy:
-                correct += label_first(logits, label, None if keep is None else keep[rows])
-            lacking, nll = softmax_nll(logits, label, h, prototypes, scale)
-            total += (nll if keep is None else nll * keep[rows]).sum()
-            if offsets is not None:
-                total -= torch.sum(offsets[rows] * h) * scale
-            logits[torch.arange(len(label), device=label.device), label] = lacking.to(logits.dtype)
-            residual = blocks.rounded(logits)  # p - onehot
+                first = label_is_first(logits, label)
+                correct += (first if row_mask is None else first & row_mask[rows]).sum()
+            own_residual, nll = softmax_nll(logits, label, h, prototypes, scale)
+            total += (nll if row_mask is None else nll * row_mask[rows]).sum()
+            if target_delta is not None:
+                total -= torch.sum(target_delta[rows] * h) * scale
+            logits[torch.arange(len(label), device=label.device), label] = own_residual.to(logits.dtype)
+            residual = logit_blocks.rounded(logits)  # p - onehot
             if with_gradient:
                 direction = torch.mm(residual, prototypes).to(scale.dtype)
-                if offsets is not None:
-                    direction -= offsets[rows]
+                if target_delta is not None:
+                    direction -= target_delta[rows]
                 grad_scale += torch.sum(direction * h)
                 torch.mul(direction, scale, out=grad_features[rows])
             if with_prototype_gradient:
@@ -74,18 +76,12 @@ def label_nll(
     return total, correct, grad_features, grad_prototypes, grad_scale
 
 
-def label_first(logits: Tensor, labels: Tensor, keep: Tensor | None) -> Tensor:
-    """How many rows (of those in ``keep``) no logit of which is larger than the label's."""
-    first = logits.gather(1, labels[:, None])[:, 0] >= logits.amax(1)
-    return (first if keep is None else first & keep).sum()
-
-
 label_nll_operator = torch.library.custom_op(
     "protoclip_losses::label_nll",
     label_nll,
     mutates_args=(),
-    schema="(Tensor features, Tensor prototypes, Tensor scale, Tensor labels, Tensor? keep, Tensor? valid, Tensor? offsets, "
-    "SymInt chunk, "
+    schema="(Tensor features, Tensor prototypes, Tensor scale, Tensor labels, Tensor? row_mask, Tensor? valid, "
+    "Tensor? target_delta, SymInt chunk, "
     "bool with_gradient, bool with_prototype_gradient, bool with_accuracy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -105,41 +101,113 @@ def _fake(features: Tensor, prototypes: Tensor, scale: Tensor, *rest: Any) -> Re
 def label_nll_sum(
     features: Tensor,
     prototypes: Tensor,
+    base: Tensor,
+    row_mask: Tensor | None,
     scale: Tensor,
-    labels: Tensor,
-    keep: Tensor | None,
-    valid: Tensor | None,
-    offsets: Tensor | None,
-    chunk: int,
-    with_accuracy: bool,
+    target_delta: Tensor | None = None,
+    valid: Tensor | None = None,
+    chunk_size: int | None = None,
+    with_accuracy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`label_nll` under autograd: the sum, differentiable, and the count."""
+    r"""Sum over the rows in ``row_mask`` of the term's loss, differentiable, and how many of them put their base first.
+
+    With base b and delta :math:`M_a - P_b`, the soft loss is the hard loss for b less :math:`s\, h \cdot (M_a - P_b)`. Both
+    are small where the loss is, so no digits are lost to a difference of large numbers. Hard targets have no delta.
+    """
+    h, prototypes, target_delta = _prepared(features, prototypes, row_mask, scale, target_delta, valid)
+    rows, columns = h.shape[0], prototypes.shape[0]
+    is_small = chunk_size is None and rows * columns <= blocks.DENSE_LOGITS
+    # Autograd would round in between in low precision, and cannot save what was made in inference mode.
+    if is_small and h.dtype == scale.dtype and not made_in_inference_mode(prototypes, base):
+        return _dense(h, prototypes, scale, base, row_mask, valid, target_delta, with_accuracy)
+    learned = None
+    if target_delta is not None and target_delta.requires_grad:
+        target_delta, learned = None, target_delta
     grad = torch.is_grad_enabled()
-    with_gradient = grad and (features.requires_grad or scale.requires_grad)
-    inputs = features, prototypes, scale, labels, keep, valid, offsets, chunk
-    flags = with_gradient, grad and prototypes.requires_grad, with_accuracy
-    return run("prototype_cross_entropy", label_nll, label_nll_operator, *inputs, *flags)
+    flags = grad and (h.requires_grad or scale.requires_grad), grad and prototypes.requires_grad, with_accuracy
+    chunk = rows_per_block(columns, h.dtype, chunk_size)
+    inputs = h, prototypes, scale, base, row_mask, valid, target_delta, chunk
+    total, correct = run("prototype_cross_entropy", label_nll, label_nll_operator, *inputs, *flags)
+    if learned is not None:
+        total = total - scale * (h * learned).sum()
+    return total, correct
 
 
-def dense_nll_sum(
+def label_nll_rows(
+    features: Tensor,
+    prototypes: Tensor,
+    base: Tensor,
+    row_mask: Tensor | None,
+    scale: Tensor,
+    target_delta: Tensor | None = None,
+    valid: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Each row's loss, (B,), 0 where masked, by a dense expression for each block of rows that backward runs again."""
+    h, prototypes, target_delta = _prepared(features, prototypes, row_mask, scale, target_delta, valid)
+
+    def rows(block: slice) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            logits = (h[block] @ prototypes.T).to(scale.dtype) * scale
+            if valid is not None:
+                logits = logits.masked_fill(~valid, -torch.inf)
+            nll = F.cross_entropy(logits, base[block], reduction="none")
+            if target_delta is not None:
+                nll = nll - scale * (h[block] * target_delta[block]).sum(1)
+        return nll if row_mask is None else nll.where(row_mask[block], 0)
+
+    return recomputed_blocks(rows, h.shape[0], rows_per_block(prototypes.shape[0], h.dtype, chunk_size))
+
+
+def made_in_inference_mode(*inputs: Tensor) -> bool:
+    """Whether any of these is an inference tensor, which has no version counter and cannot be saved for backward."""
+    return not torch.compiler.is_compiling() and any(x.is_inference() for x in inputs)
+
+
+def _prepared(
+    features: Tensor,
+    prototypes: Tensor,
+    row_mask: Tensor | None,
+    scale: Tensor,
+    target_delta: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Features, prototypes and deltas in the dtypes of the kernel, zero where masked or not valid."""
+    dtype = product_dtype(features)
+    h, prototypes = features.to(dtype), prototypes.to(dtype)
+    if valid is not None:
+        prototypes = prototypes.where(valid[:, None], 0)
+    if row_mask is not None:
+        h = h.where(row_mask[:, None], 0)
+    if target_delta is not None:
+        target_delta = target_delta.to(scale.dtype)
+        if row_mask is not None:
+            target_delta = target_delta.where(row_mask[:, None], 0)
+    return h, prototypes, target_delta
+
+
+def _dense(
     features: Tensor,
     prototypes: Tensor,
     scale: Tensor,
     labels: Tensor,
-    keep: Tensor | None,
+    row_mask: Tensor | None,
     valid: Tensor | None,
-    offsets: Tensor | None,
+    target_delta: Tensor | None,
     with_accuracy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`label_nll_sum` returns, by the dense expression."""
+    """What :func:`label_nll_sum` returns, by the dense expression: faster for few logits."""
     logits = (features * scale) @ prototypes.T
     if valid is not None:
         logits = logits.masked_fill(~valid, -torch.inf)
-    correct = label_first(logits.detach(), labels, keep).to(scale.dtype) if with_accuracy else scale.new_zeros(())
-    if keep is None:
+    correct = scale.new_zeros(())
+    if with_accuracy:
+        first = label_is_first(logits.detach().clone(), labels)
+        correct = (first if row_mask is None else first & row_mask).sum().to(scale.dtype)
+    if row_mask is None:
         total = F.cross_entropy(logits, labels, reduction="sum")
     else:
-        total = F.cross_entropy(logits, labels, reduction="none").where(keep, 0).sum()
-    if offsets is not None:
-        total = total - scale * (features * offsets).sum()
+        total = F.cross_entropy(logits, labels, reduction="none").where(row_mask, 0).sum()
+    if target_delta is not None:
+        total = total - scale * (features * target_delta).sum()
     return total, correct

@@ -1,4 +1,4 @@
-"""InfoNCE as a module that gathers over processes by itself."""
+"""InfoNCE as a module that gathers over processes."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
-from ..functional.info_nce import check_pairs, pair_sum
+from ..functional.info_nce import check_pairs
 from ..kernels.autograd import keep_in_graph
+from ..kernels.info_nce import pair_nll_sum
 
 
 class InfoNCE(nn.Module):
@@ -18,11 +19,15 @@ class InfoNCE(nn.Module):
         \mathcal{L} = \tfrac{1}{2} \left[ \mathrm{CE}(s Z^I {Z^T}^\top, \mathrm{diag})
         + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
 
+    **Use it when:** you train a CLIP with the softmax loss, on one process or many.
+    **Not when:** you want the loss of given rows alone (:func:`protoclip_losses.functional.info_nce`), or prototype terms too.
+    **Related:** :class:`ProtoLoss`, open_clip's ``ClipLoss``, which takes the same arguments.
+
     When torch.distributed is initialised, features are gathered here, with gradients: the loss returned is this rank's share,
     the mean over ranks is the loss of the whole batch, and after DDP's averaging every gradient equals that of one process on
     the whole batch. Ranks may hold different numbers of rows. Each rank forms the logits of its own images with all texts, in
-    blocks; what travels are the texts, their gradients and a few numbers for each. Gradients are formed together with the loss,
-    for the sum over ranks: what the loss is multiplied by afterwards must be the same on all of them. On one process it is
+    blocks; ranks exchange the texts, their gradients and a few numbers for each. Gradients are computed together with the loss,
+    for the sum over ranks: any factor applied to the loss afterwards must be the same on all of them. On one process it is
     :func:`protoclip_losses.functional.info_nce`.
 
     Args:
@@ -36,7 +41,7 @@ class InfoNCE(nn.Module):
 
     Attributes:
         metrics: detached tensors of the last forward: ``contrastive_accuracy``, the share of this rank's images whose own text
-            comes first among all texts.
+            has the largest logit among all texts; a tie counts for the first of the tied texts alone.
 
     Example:
         >>> import torch
@@ -62,14 +67,17 @@ class InfoNCE(nn.Module):
         self.chunk_size, self.check_values = chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
 
+    def extra_repr(self) -> str:
+        return f"gather_with_grad={self.gather_with_grad}, chunk_size={self.chunk_size}"
+
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        output_dict: bool = False,
-        *,
         logit_bias: Any = None,
+        *,
+        output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss, a () tensor, or ``{"contrastive_loss": loss}``.
 
@@ -77,25 +85,36 @@ class InfoNCE(nn.Module):
             image_features: (B, d) this rank's rows, L2-normalised.
             text_features: (B, d) this rank's rows, L2-normalised.
             logit_scale: already exponentiated: a float, () or (1,).
+            logit_bias: accepted, and given an exact zero gradient: a softmax does not depend on it.
             output_dict: return a dict, as open_clip's losses do.
-            logit_bias: accepted, and given an exact zero gradient: a softmax does not see it.
         """
+        if isinstance(logit_bias, bool):  # the fourth argument was output_dict in 0.6
+            check.warn_renamed("output_dict as the fourth positional argument of InfoNCE", "output_dict=...")
+            logit_bias, output_dict = None, logit_bias
         group = active_group(self.process_group)
         scale, ranks = validate_rows(
             lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
             group,
-            image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0,
-            signature=lambda: collective_signature(image_features, text_features, scale=logit_scale),
+            num_rows(image_features),
+            signature=lambda: {
+                **collective_signature(image_features, text_features, scale=logit_scale),
+                "gather_with_grad": self.gather_with_grad,
+            },
         )
         loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def collective_signature(*features: Tensor, scale: Any) -> list[tuple[Any, ...]]:
-    """What ranks must have in common to gather features and their gradients."""
+def num_rows(x: Any) -> int:
+    """Rows of a tensor; 0 for what is no tensor with rows, which a check is about to refuse."""
+    return x.shape[0] if isinstance(x, Tensor) and x.dim() else 0
+
+
+def collective_signature(*features: Tensor, scale: Any) -> dict[str, object]:
+    """What must be equal on all ranks to gather features and their gradients."""
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale))
-    return [(x.shape[1], x.dtype, wanted) for x in features]
+    return {"width": [x.shape[1] for x in features], "dtype": [x.dtype for x in features], "requires_grad": wanted}
 
 
 def info_nce_share(
@@ -108,7 +127,7 @@ def info_nce_share(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
     if not gather_with_grad:
-        image, text = (x.detach().lerp(x, 1 / ranks.world_size) for x in (image, text))  # the same values, 1/W of the gradient
-    total, correct = pair_sum(image, text, scale, chunk_size, with_accuracy=True, ranks=ranks)
+        image, text = (x.detach().lerp(x, 1 / ranks.world_size) for x in (image, text))  # equal values, 1/W of the gradient
+    total, correct = pair_nll_sum(image, text, scale, chunk_size, with_accuracy=True, ranks=ranks)
     share = total * (ranks.world_size / ranks.total)
     return share, {"contrastive_accuracy": correct / image.shape[0]}

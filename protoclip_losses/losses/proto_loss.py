@@ -1,6 +1,7 @@
 """The whole objective: InfoNCE plus a sum over prototype terms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -9,16 +10,22 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..distributed import Group, active_group, check_process_group, validate_rows
 from ..functional.info_nce import check_pairs
-from ..functional.prototype_cross_entropy import prototype_sum
 from ..kernels.autograd import keep_in_graph
-from ..prototypes.episode import Prototypes
-from ..prototypes.online import OnlinePrototypes
-from .info_nce import collective_signature, info_nce_share
-from .terms import Term, weighted_terms
+from ..prototypes.source import BatchFeatures, PrototypeSource, teachers_by_name
+from .info_nce import collective_signature, info_nce_share, num_rows
+from .settings import ObjectiveSettings
+from .terms import WeightedTerms
+
+SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
 
 class ProtoLoss(nn.Module):
-    r"""The ProtoCLIP objective.
+    r"""The ProtoCLIP objective: InfoNCE and a sum over prototype terms.
+
+    **Use it when:** you train a CLIP and want all of it in one module.
+    **Not when:** you need one part alone (:class:`InfoNCE`, :class:`PrototypeLoss`), or want to learn prototypes
+    (:func:`protoclip_losses.functional.prototype_cross_entropy`).
+    **Related:** :class:`EpisodicClusterer`, :class:`OnlinePrototypes`, :class:`TeacherAdapter`.
 
     .. math::
         \mathcal{L} = w_\mathrm{clip}\, \mathcal{L}_\mathrm{InfoNCE} + w_\mathrm{proto}\, \mathcal{L}_\mathrm{proto}
@@ -29,15 +36,14 @@ class ProtoLoss(nn.Module):
     term, soft or hard, back-translated or not, internal or external, is
     :func:`protoclip_losses.functional.prototype_cross_entropy` with its own constants P, M and labels.
 
-    Under torch.distributed InfoNCE is that of all ranks' rows, prototype terms are those of local rows, and the loss is this
-    rank's share: the mean over ranks is the loss of the whole batch, and after DDP's averaging so are the gradients, also for
-    unequal batches and ignored labels.
+    Under torch.distributed the loss is this rank's share: the mean over ranks is the loss of the whole batch, and after DDP's
+    averaging so are the gradients, also for unequal batches and ignored labels.
 
     Args:
         w_clip: weight of InfoNCE.
         w_proto: weight of the internal prototype terms.
-        w_external: weight of external teachers: one for all, or a mapping by name.
-        target_temperature: :math:`\tau_y` of internal soft targets; None or not positive means hard targets.
+        w_external: weight of external teachers: one for all, or a mapping with a weight for each by name.
+        target_temperature: :math:`\tau_y` of internal soft targets; None, 0 or -1 means hard targets.
         external_target_temperature: likewise for external teachers; hard by default, as in the paper's code.
         back_translation: prototypes are back-translated into the student's space; False uses the teacher's centroids, which
             must then have the student's width.
@@ -49,17 +55,16 @@ class ProtoLoss(nn.Module):
         check_values: read values to check them each step. None means on CPU in eager mode only; ``True`` forces it.
 
     Attributes:
-        metrics: detached tensors of the last forward, over this rank's rows.
+        metrics: detached tensors of the last forward: ``contrastive_accuracy`` and ``prototype_accuracy/STUDENT/TEACHER``.
+        settings: the frozen :class:`~protoclip_losses.losses.settings.ObjectiveSettings`; each is an attribute of the loss too.
 
-    Prototypes are constants, not parameters and not buffers: DDP does not broadcast them and ``.half()`` does not touch them.
-    They are saved in ``state_dict()`` as extra state.
+    Prototypes are neither parameters nor buffers: DDP and ``.half()`` leave them alone, and ``state_dict()`` saves them.
 
     Example:
         >>> import torch
         >>> from protoclip_losses import EpisodicClusterer, FeatureBank
         >>> h = torch.nn.functional.normalize(torch.arange(12.0).reshape(6, 2).sin(), dim=1)
-        >>> bank = FeatureBank(torch.arange(6), dim=2)
-        >>> bank.update(torch.arange(6), h, h)
+        >>> bank = FeatureBank.from_features(torch.arange(6), image=h, text=h)
         >>> loss = ProtoLoss(target_temperature=0.1)
         >>> loss.set_prototypes(EpisodicClusterer(num_prototypes=2).build(bank))
         >>> sorted(loss(h, h, 10.0, index=torch.arange(6), output_dict=True))
@@ -85,41 +90,53 @@ class ProtoLoss(nn.Module):
         check_values: bool | None = None,
     ) -> None:
         super().__init__()
-        for name, weight in (("w_clip", w_clip), ("w_proto", w_proto), *_named("w_external", w_external)):
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise TypeError(f"{name} must be a float, got {type(weight).__name__}")
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {weight}")
-        check.chunk_rows(chunk_size)
-        self.w_clip, self.w_proto, self.w_external = w_clip, w_proto, w_external
-        self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
-        self.external_target_temperature = check.optional_temperature("external_target_temperature", external_target_temperature)
-        self.back_translation, self.normalize_prototypes = back_translation, normalize_prototypes
-        self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
-        self.chunk_size, self.check_values = chunk_size, check_values
+        weights, temperatures = (w_clip, w_proto, w_external), (target_temperature, external_target_temperature)
+        flags, values = (back_translation, normalize_prototypes, gather_with_grad), (chunk_size, check_values)
+        self.settings = ObjectiveSettings(*weights, *temperatures, *flags, *values)
+        self.process_group = check_process_group(process_group)
         self.metrics: dict[str, Tensor] = {}
         self._is_set = False
-        self._prototypes: Prototypes | OnlinePrototypes | None = None
-        self._version = 0
-        self._terms: list[Term] = []
+        self._prototypes: PrototypeSource | None = None
+        self._terms = WeightedTerms(None, self.settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settings, name) if name in SETTINGS else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A changed setting is checked; temperatures and weights of prototype terms hold from the next :meth:`set_prototypes`."""
+        if name in SETTINGS:
+            name, value = "settings", replace(self.settings, **{name: value})
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"{self.settings.as_arguments()}, prototypes={self._prototypes if self._is_set else 'not set'}"
 
     @property
-    def prototypes(self) -> Prototypes | OnlinePrototypes | None:
-        """Those that are set."""
+    def prototypes(self) -> PrototypeSource | None:
+        """The prototypes that are set."""
         return self._prototypes
 
-    def set_prototypes(self, prototypes: Prototypes | OnlinePrototypes | None) -> None:
+    @property
+    def needs_episodes(self) -> bool:
+        """Whether the training loop has to set each episode's prototypes; False if those set keep themselves up to date."""
+        return self._prototypes is None or self._prototypes.needs_episodes
+
+    def set_prototypes(self, prototypes: PrototypeSource | None) -> None:
         """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
 
+        Args:
+            prototypes: :class:`Prototypes` of an episode, :class:`OnlinePrototypes`, or another :class:`PrototypeSource`.
+
         Raises:
-            TypeError: neither Prototypes, nor OnlinePrototypes, nor None.
-            ValueError: no weight for an external teacher, or without back translation a teacher of another width.
+            TypeError: no source of prototypes.
+            ValueError: no weight for an external teacher, a weight for an unknown one, or without back translation a teacher of
+                another width.
         """
-        if prototypes is not None and not isinstance(prototypes, (Prototypes, OnlinePrototypes)):
+        if prototypes is not None and not isinstance(prototypes, PrototypeSource):
             raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
-        self._terms = [] if prototypes is None else weighted_terms(prototypes, self)
-        self._prototypes, self._is_set = prototypes, True
-        self._version = prototypes.version if isinstance(prototypes, OnlinePrototypes) else 0
+        terms = WeightedTerms(prototypes, self.settings)
+        terms.fill()
+        self._prototypes, self._terms, self._is_set = prototypes, terms, True
 
     def forward(
         self,
@@ -132,19 +149,17 @@ class ProtoLoss(nn.Module):
         text_features_projected: Tensor | None = None,
         logit_scale_proto: Tensor | float | None = None,
         index: Tensor | None = None,
-        teacher_features: Any = None,
+        teacher_features: Mapping[str, Tensor] | None = None,
         features: Mapping[str, Tensor] = {},
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss, a () tensor, or its three parts, already weighted, whose sum it is.
 
         Args:
-            image_features: (B, d) this rank's rows, L2-normalised.
-            text_features: (B, d) likewise.
+            image_features, text_features: (B, d) this rank's rows, L2-normalised.
             logit_scale: of InfoNCE, already exponentiated: a float, () or (1,).
-            logit_bias: accepted, and given an exact zero gradient: a softmax does not see it.
-            image_features_projected: (B, D) the head's output, L2-normalised; default ``image_features``.
-            text_features_projected: (B, D) likewise; default ``text_features``.
+            logit_bias: accepted, and given an exact zero gradient: a softmax does not depend on it.
+            image_features_projected, text_features_projected: (B, D) the heads' outputs, L2-normalised; default the plain ones.
             logit_scale_proto: scale of the prototype terms; default ``logit_scale``.
             index: (B,) int64 sample indices, needed while an episode's prototypes are set; None in online mode.
             teacher_features: (B, D_E) of external teachers by name, for online mode; an episode's labels come from ``index``.
@@ -155,138 +170,81 @@ class ProtoLoss(nn.Module):
 
         Raises:
             RuntimeError: :meth:`set_prototypes` was never called.
-            ValueError: shapes, widths or values that do not fit; ``index`` missing; a modality missing.
+            ValueError: shapes, widths or values that do not fit; ``index`` missing; a modality missing; an unknown teacher.
             IndexError: a sample that is not in the episode.
             TypeError: wrong dtypes.
         """
-        projected = {
-            "image": image_features if image_features_projected is None else image_features_projected,
-            "text": text_features if text_features_projected is None else text_features_projected,
-            **features,
-        }
         proto_scale = logit_scale if logit_scale_proto is None else logit_scale_proto
-        online = self._prototypes if isinstance(self._prototypes, OnlinePrototypes) else None
-        if online is not None and online.version != self._version:
-            self.set_prototypes(online)
-        teachers = teacher_features if isinstance(teacher_features, Mapping) else {}
-        group = active_group(self.process_group)
-        rows = image_features.shape[0] if isinstance(image_features, Tensor) and image_features.dim() else 0
-        (scale, scales, labels, found), ranks = validate_rows(
-            lambda: self._check(image_features, text_features, logit_scale, projected, proto_scale, index, teachers),
-            group,
-            rows,
-            signature=lambda: (
-                collective_signature(image_features, text_features, scale=logit_scale),
-                [(t.student, t.teacher) for t in self._terms],
-                online and [(name, x.shape[1]) for name, x in {**projected, **teachers}.items()],
-            ),
+        image = image_features if image_features_projected is None else image_features_projected
+        text = text_features if text_features_projected is None else text_features_projected
+        batch = BatchFeatures({"image": image, "text": text, **features}, teachers_by_name(teacher_features))
+        if self._prototypes is not None and self._prototypes.version != self._terms.version:
+            self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
+
+        def prepare() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+            scale = self._check(image_features, text_features, logit_scale, batch, index)
+            source, check_values = self._prototypes, self.settings.check_values
+            labels = {} if source is None else source.labels(batch, index, check_values=check_values)
+            return scale, self._terms.check(batch, proto_scale), labels
+
+        (scale, scales, labels), ranks = validate_rows(
+            prepare,
+            active_group(self.process_group),
+            num_rows(image_features),
+            signature=lambda: {
+                **collective_signature(image_features, text_features, scale=logit_scale),
+                "features": [(name, x.shape[1:]) for name, x in batch.by_name.items()],
+                "settings": self.settings.signature,
+                **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
+            },
         )
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
-        metrics: dict[str, Tensor] = {}
-        if self.w_clip:
-            share, metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
-            parts["contrastive_loss"] = self.w_clip * share
-        if self._terms:
-            keeps = [a != -1 for a in labels]
-            own = torch.stack([keep.sum() for keep in keeps])
-            counts = ranks.sum(own).clamp(min=1)
-            for i, term in enumerate(self._terms):
-                h = projected[term.student]
-                safe = labels[i].where(keeps[i], 0)
-                scale_of, offsets = scales[term.student], term.offset_rows(safe)
-                total, correct = prototype_sum(
-                    h, term.prototypes, safe, keeps[i], scale_of, offsets, term.valid, self.chunk_size, with_accuracy=True
-                )
-                share = term.weight * ranks.world_size * total / counts[i]
-                parts[term.part] = parts[term.part] + share
-                metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own[i].clamp(min=1)
-        self.metrics = metrics
-        if online is not None and torch.is_grad_enabled():
-            online.update(projected, teachers, ranks.group, ranks.sizes, found)
-        given = (image_features, text_features, logit_scale, logit_bias, proto_scale, *projected.values())
-        given += tuple(teacher_features.values()) if isinstance(teacher_features, Mapping) else (teacher_features,)
+        self.metrics = {}
+        if self.settings.w_clip:
+            chunk_size, gather_with_grad = self.settings.chunk_size, self.settings.gather_with_grad
+            share, self.metrics = info_nce_share(image_features, text_features, scale, ranks, chunk_size, gather_with_grad)
+            parts["contrastive_loss"] = self.settings.w_clip * share
+        self._terms.add_to(parts, self.metrics, batch, scales, labels, ranks)
+        if self._prototypes is not None and torch.is_grad_enabled():
+            self._prototypes.observe(batch, labels, ranks)
+        given = image_features, text_features, logit_scale, logit_bias, proto_scale, teacher_features, *batch.by_name.values()
         parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
         return parts if output_dict else parts["contrastive_loss"] + parts["proto_loss"] + parts["proto_external_loss"]
 
     def _check(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        projected: dict[str, Tensor],
-        proto_scale: Tensor | float,
-        index: Tensor | None,
-        teachers: Mapping[str, Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Mapping[str, Tensor]]:
-        """Check the inputs; return InfoNCE's scale, students' scales, and this batch's labels: by term, and by online teacher."""
+        self, image: Tensor, text: Tensor, logit_scale: Tensor | float, batch: BatchFeatures, index: Tensor | None
+    ) -> Tensor:
+        """Check the inputs; return InfoNCE's scale as a () tensor."""
         if not self._is_set:
             raise RuntimeError(
                 "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
             )
-        scale = check_pairs(image_features, text_features, logit_scale, self.check_values if self.w_clip else False)
-        batch = image_features.shape[0]
-        for name, h in projected.items():
-            check.matrix(f"projected features of {name!r}", h, rows=batch, of=" as image_features")
-            check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
+        scale = check_pairs(image, text, logit_scale, self.settings.check_values if self.settings.w_clip else False)
+        batch.check(image)
         if index is not None:
-            check.integers("index", index, length=batch, of=" as image_features has rows")
-        labels_of, found = self._labels_of(projected, teachers, index)
-        scales: dict[str, Tensor] = {}
-        for student in dict.fromkeys(term.student for term in self._terms):
-            if student not in projected:
-                raise ValueError(f"features must hold the projected features of {student!r}, got {sorted(projected)}")
-            h = projected[student]
-            if check.values_are_checked(h, self.check_values):
-                check.finite(f"projected features of {student!r}", h)
-            scales[student] = check.scale("logit_scale_proto", proto_scale, h, self.check_values)
-        for term in self._terms:
-            h, width = projected[term.student], term.prototypes.shape[1]
-            check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
-            term.to(h.device)
-        return scale, scales, [labels_of(term) for term in self._terms], found
-
-    def _labels_of(
-        self, projected: Mapping[str, Tensor], teachers: Mapping[str, Tensor], index: Tensor | None
-    ) -> tuple[Callable[[Term], Tensor], Mapping[str, Tensor]]:
-        """How a term's labels of this batch are found: by sample index, or in online mode, where there are some by teacher."""
-        if isinstance(self._prototypes, OnlinePrototypes):
-            if index is not None:
-                raise ValueError("index must be None with OnlinePrototypes: labels come from the nearest centroid")
-            sources = {**projected, **teachers}
-            for name, x in teachers.items():
-                check.matrix(f"teacher_features[{name!r}]", x, rows=projected["image"].shape[0], of=" as image_features")
-            self._prototypes.check(sources)
-            online = self._prototypes
-            found = {name: online.labels(name, sources[name]) for name in dict.fromkeys(t.teacher for t in self._terms)}
-            return (lambda term: term.ignored(found[term.teacher])), found
-        if self._prototypes is None or not self._terms:
-            return (lambda term: term.labels), {}
-        if index is None:
-            raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
-        positions = self._prototypes.positions(index.to(projected["image"].device), check_values=self.check_values)
-        return (lambda term: term.labels[positions]), {}
+            check.integers("index", index, length=image.shape[0], of=" as image_features has rows")
+        return scale
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The prototypes, as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""
-        saved = None if self._prototypes is None else self._prototypes.state_dict()
-        if not isinstance(self._prototypes, OnlinePrototypes):
-            return {"is_set": self._is_set, "prototypes": saved}
-        # After the last step of a cycle the terms here are still those of the prototypes before.
-        terms = self._terms if self._version == self._prototypes.version else []
-        return {"is_set": self._is_set, "online": saved, "targets": [term.kept_targets(self) for term in terms]}
+        """The prototypes as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""
+        source = self._prototypes
+        # After the last step of an online cycle the terms here are still those of the prototypes before.
+        is_current = source is not None and source.version == self._terms.version
+        return {
+            "format": 1,
+            "is_set": self._is_set,
+            "prototypes": None if source is None else source.state_dict(),
+            "targets": self._terms.state_dict() if is_current else [],
+        }
 
     def set_extra_state(self, state: Any) -> None:
         """Set the prototypes that were saved."""
-        if state.get("online") is not None:
-            self.set_prototypes(OnlinePrototypes.from_state_dict(state["online"]))
-            for term in self._terms:
-                term.keep_targets(state["targets"], self)
-        else:
-            saved = state["prototypes"]
-            self.set_prototypes(None if saved is None else Prototypes.from_state_dict(saved))
-        self._is_set = state["is_set"]
-
-
-def _named(name: str, weights: float | Mapping[str, float]) -> list[tuple[str, float]]:
-    return [(f"{name}[{k!r}]", v) for k, v in weights.items()] if isinstance(weights, Mapping) else [(name, weights)]
+        saved = state.get("prototypes")
+        if check.state_format("ProtoLoss", state) == 0:
+            online = state.get("online")
+            saved = {**online, "kind": "online"} if online is not None else saved and {**saved, "kind": "episode"}
+        source = None if saved is None else PrototypeSource.of_state(saved)
+        terms = WeightedTerms(source, self.settings)
+        terms.load_state_dict(state.get("targets"))
+        self._prototypes, self._terms, self._is_set = source, terms, state["is_set"]

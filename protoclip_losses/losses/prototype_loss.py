@@ -1,15 +1,15 @@
 """The prototype loss on a pair of centroid tensors."""
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.prototype_cross_entropy import check_term, made_in_inference_mode, mean_of_kept, prototype_sum
+from ..functional.prototype_cross_entropy import check_finite_loss, check_term, mean_over_rows
 from ..functional.soft_targets import base_prototypes, soft_target_rows
-from .soft_target_cache import Offsets
+from ..kernels.prototype_cross_entropy import label_nll_sum, made_in_inference_mode
+from .soft_target_cache import SoftTargetCache
 
 
 class PrototypeLoss(nn.Module):
@@ -19,12 +19,19 @@ class PrototypeLoss(nn.Module):
         \mathcal{L} = -\frac{1}{n} \sum_i \sum_j y_{a_i j} \log p_{ij}, \qquad
         p_i = \mathrm{softmax}_j(s\, h_i \cdot P_j), \qquad y_a = \mathrm{softmax}_j(C_a \cdot C_j / \tau_y)
 
-    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is built when a
-    label first needs it and kept while both centroid tensors stay the same objects at the same version; writing to either in
-    place, or passing another, starts anew.
+    **Use it when:** you have a clustering of your own, on one process, and want its prototypes as targets.
+    **Not when:** you want the whole objective over ranks (:class:`ProtoLoss`), or prototypes with gradients
+    (:func:`protoclip_losses.functional.prototype_cross_entropy`).
+    **Related:** :func:`protoclip_losses.functional.soft_targets`, :class:`PrototypicalBackTranslation`.
+
+    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is computed when a
+    label first needs it, and cached while both centroid tensors stay the same objects at the same version; writing to either in
+    place, or passing another, clears the cache.
 
     Args:
-        target_temperature: :math:`\tau_y`; None or not positive means hard targets (one-hot of the label).
+        target_temperature: :math:`\tau_y`; None, 0 or -1 means hard targets (one-hot of the label).
+        chunk_size: rows worked on at a time; any value gives the same answer.
+        check_values: read values to check them each step. None means on CPU in eager mode only.
 
     Example:
         >>> import torch
@@ -44,7 +51,10 @@ class PrototypeLoss(nn.Module):
         self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
         check.chunk_rows(chunk_size)
         self.chunk_size, self.check_values = chunk_size, check_values
-        self._cache: _OffsetCache | None = None
+        self._cache: SoftTargetCache | None = None
+
+    def extra_repr(self) -> str:
+        return f"target_temperature={self.target_temperature}, chunk_size={self.chunk_size}"
 
     def forward(
         self,
@@ -75,7 +85,9 @@ class PrototypeLoss(nn.Module):
         """
         hard = self.target_temperature is None
         names = "student_features", "student_centroids"
-        keep, safe = check_term(student_features, student_centroids, labels, valid, ignore_index, hard, self.check_values, names)
+        row_mask, safe = check_term(
+            student_features, student_centroids, labels, valid, ignore_index, hard, self.check_values, names
+        )
         check.matrix("teacher_centroids", teacher_centroids, rows=student_centroids.shape[0], of=" as student_centroids")
         check.same_device("teacher_centroids", teacher_centroids, "student_features", student_features)
         scale = check.scale("logit_scale", logit_scale, student_features, self.check_values)
@@ -84,41 +96,27 @@ class PrototypeLoss(nn.Module):
                 "student_centroids and teacher_centroids are constants here, pass them detached; prototypes that are learned "
                 "go to functional.prototype_cross_entropy"
             )
-        offsets = None if hard else self._offsets(student_centroids, teacher_centroids, safe, valid)
+        delta = None if hard else self.target_delta(student_centroids, teacher_centroids, safe, valid)
         base = base_prototypes(safe, valid)
-        total, _ = prototype_sum(student_features, student_centroids, base, keep, scale, offsets, valid, self.chunk_size)
+        total, _ = label_nll_sum(student_features, student_centroids, base, row_mask, scale, delta, valid, self.chunk_size)
         inputs = {
             "student_features": student_features,
             "student_centroids": student_centroids,
             "teacher_centroids": teacher_centroids,
         }
-        return mean_of_kept(total, keep, self.check_values, **inputs)
+        check_finite_loss(total, row_mask, self.check_values, **inputs)
+        return mean_over_rows(total, row_mask, student_features)
 
-    def _offsets(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
+    def target_delta(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None = None) -> Tensor:
+        """M - P of these labels (B,), from the cache where it can be used."""
         temperature = self.target_temperature
         assert temperature is not None
-        # A cache keyed by identity and version has no place in a traced graph, and inference tensors keep no version.
+        # A cache keyed by identity and version cannot be part of a traced graph, and inference tensors have no version.
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or made_in_inference_mode(student, teacher):
             return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
         if self._cache is None or not self._cache.matches(student, teacher, valid, temperature):
-            self._cache = _OffsetCache(student, teacher, valid, temperature)
+            self._cache = SoftTargetCache(student, teacher, valid, temperature)
         return self._cache.rows(student, teacher, labels, valid)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
-
-
-class _OffsetCache(Offsets):
-    """Soft targets that know which centroid tensors they were made from."""
-
-    def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> None:
-        super().__init__(student, teacher, temperature)
-        self.keys = [(weakref.ref(x), x._version) for x in (student, teacher, valid) if x is not None]
-
-    def matches(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> bool:
-        current = [(x, x._version) for x in (student, teacher, valid) if x is not None]
-        return (
-            temperature == self.temperature
-            and len(current) == len(self.keys)
-            and all(ref() is x and version == now for (ref, version), (x, now) in zip(self.keys, current, strict=True))
-        )

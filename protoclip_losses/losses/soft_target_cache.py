@@ -1,4 +1,8 @@
-"""Soft targets relative to their base prototypes, kept between steps."""
+"""Soft targets relative to their base prototypes, M - P, kept between steps."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,21 +11,63 @@ from .._dtypes import accumulation_dtype
 from ..functional.soft_targets import soft_target_rows
 
 
-class Offsets:
-    """Rows M - P for one pair of centroid tensors and one temperature, filled in as labels ask for them, or all at once."""
+class SoftTargetCache:
+    """Rows of :math:`M - P` (K, D) for one pair of centroid tensors, computed when a label first needs them, or all at once.
 
-    def __init__(self, student: Tensor, teacher: Tensor, temperature: float) -> None:
+    The tensors themselves are not kept alive: each call passes them, and :meth:`matches` says whether they are the same.
+
+    Args:
+        student: (K, D), the prototypes P.
+        teacher: (K, Dt), the teacher's centroids C.
+        valid: (K,) bool or None.
+        temperature: of the soft targets.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> None:
         self.temperature = temperature
+        self._made_from = [(weakref.ref(x), _version(x)) for x in (student, teacher, valid) if x is not None]
         dtype = accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
-        self.values = torch.zeros_like(student, dtype=dtype, requires_grad=False)  # it may be saved
+        self.values = torch.zeros_like(student, dtype=dtype, requires_grad=False)
         self.missing = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
         self.num_missing = student.shape[0]
+        self.is_filled_at_once = False
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
-        """The rows of these labels; student, teacher and valid are the same in each call."""
+        """The rows (B, D) of these labels (B,)."""
         if self.num_missing:
             wanted = torch.unique(labels[self.missing[labels]])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
         return self.values.index_select(0, labels)
+
+    def fill(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+        """Compute all rows now, so that no step has to."""
+        self.is_filled_at_once = self.num_missing == len(self.values)
+        self.rows(student, teacher, torch.arange(len(self.values), device=self.values.device), valid)
+
+    def matches(self, student: Tensor, teacher: Tensor, valid: Tensor | None, temperature: float) -> bool:
+        """Whether this was made from the same tensor objects, unchanged since, at the same temperature."""
+        current = [(x, _version(x)) for x in (student, teacher, valid) if x is not None]
+        return (
+            temperature == self.temperature
+            and len(current) == len(self._made_from)
+            and all(ref() is x and version == now for (ref, version), (x, now) in zip(self._made_from, current, strict=True))
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device."""
+        self.values, self.missing = self.values.to(device), self.missing.to(device)
+
+    def state_dict(self) -> dict[str, Any] | str:
+        """The rows computed so far: a row rounds differently if it is computed with other rows. ``"all"`` if :meth:`fill` did."""
+        return "all" if self.is_filled_at_once else {"values": self.values, "missing": self.missing}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over saved rows."""
+        self.values, self.missing = (state[name].to(self.values.device, copy=True) for name in ("values", "missing"))
+        self.num_missing = int(self.missing.sum())
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

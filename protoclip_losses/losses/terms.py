@@ -1,26 +1,27 @@
-"""The terms that ProtoLoss sums: what each needs of the prototypes, weighted and made from the loss's own settings."""
+"""The terms that ProtoLoss sums: the constants of each prototype term under the settings of the loss, and their sum."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..prototypes.episode import Prototypes, PrototypeTerm
-from ..prototypes.online import OnlinePrototypes
-from .soft_target_cache import Offsets
-
-if TYPE_CHECKING:
-    from .proto_loss import ProtoLoss
+from .. import _checks as check
+from ..distributed import RankRows
+from ..kernels.prototype_cross_entropy import label_nll_sum
+from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
+from .settings import ObjectiveSettings
+from .soft_target_cache import SoftTargetCache
 
 
 @dataclass
-class Term:
-    """The constants of a term, and the part of the loss dict it is summed into with its weight.
+class WeightedTerm:
+    """A prototype term with its weight, and the part of the loss dict it is added to.
 
-    Prototypes P, the teacher's centroids C, labels, and the temperature of soft targets; None are hard targets, M = P.
+    Prototypes P (K, D), the teacher's centroids C (K, Dt), the mask of valid prototypes (None: all), and the temperature of
+    soft targets (None: hard targets, M = P).
     """
 
     student: str
@@ -29,37 +30,25 @@ class Term:
     weight: float
     prototypes: Tensor
     centroids: Tensor
-    labels: Tensor
     valid: Tensor | None
     temperature: float | None
+    targets: SoftTargetCache | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._offsets = None if self.temperature is None else Offsets(self.prototypes, self.centroids, self.temperature)
+        if self.temperature is not None:
+            self.targets = SoftTargetCache(self.prototypes, self.centroids, self.valid, self.temperature)
 
     def fill(self) -> None:
-        """Build all targets now, not as labels ask for them."""
-        self.offset_rows(torch.arange(len(self.prototypes), device=self.prototypes.device))
+        """Compute all targets now, not when labels need them."""
+        if self.targets is not None:
+            self.targets.fill(self.prototypes, self.centroids, self.valid)
 
-    def offset_rows(self, labels: Tensor) -> Tensor | None:
+    def target_delta(self, labels: Tensor) -> Tensor | None:
         """M - P of these labels; None for hard targets."""
-        return None if self._offsets is None else self._offsets.rows(self.prototypes, self.centroids, labels, self.valid)
+        return None if self.targets is None else self.targets.rows(self.prototypes, self.centroids, labels, self.valid)
 
-    def kept_targets(self, loss: "ProtoLoss") -> dict[str, Any]:
-        """Rows M - P that labels have asked for, and what they depend on. Built anew in other groups, they round otherwise."""
-        made_by = [self.student, self.teacher, self.temperature, loss.back_translation, loss.normalize_prototypes]
-        rows = self._offsets
-        return {"made_by": made_by, "rows": None if rows is None else {"values": rows.values, "missing": rows.missing}}
-
-    def keep_targets(self, saved: Sequence[Mapping[str, Any]], loss: "ProtoLoss") -> None:
-        """Take over the rows that were saved of this term, if the loss has the settings that they were made by."""
-        made_by = self.kept_targets(loss)["made_by"]
-        for targets in saved:
-            if self._offsets is not None and targets["made_by"] == made_by:
-                self._offsets.values, self._offsets.missing = (targets["rows"][name].clone() for name in ("values", "missing"))
-                self._offsets.num_missing = int(self._offsets.missing.sum())
-
-    def ignored(self, labels: Tensor) -> Tensor:
-        """Labels, with -1 in place of those of prototypes that are not valid.
+    def usable(self, labels: Tensor) -> Tensor:
+        """Labels, with -1 instead of those of prototypes that are not valid.
 
         A student whose own features of a cluster were all dropped has no prototype for it: that label is ignored, not wrong.
         """
@@ -68,56 +57,136 @@ class Term:
     def to(self, device: torch.device) -> None:
         """Follow the features to their device."""
         if self.prototypes.device != device:
-            for name in ("prototypes", "centroids", "labels", "valid"):
-                x = getattr(self, name)
-                setattr(self, name, None if x is None else x.to(device))
-            if self._offsets is not None:
-                self._offsets.values, self._offsets.missing = (
-                    x.to(device) for x in (self._offsets.values, self._offsets.missing)
+            self.prototypes, self.centroids = self.prototypes.to(device), self.centroids.to(device)
+            self.valid = None if self.valid is None else self.valid.to(device)
+            if self.targets is not None:
+                self.targets.to(device)
+
+    def state_dict(self, settings: ObjectiveSettings) -> dict[str, Any]:
+        """The targets computed so far, and the settings they depend on."""
+        made_by = [self.student, self.teacher, self.temperature, settings.back_translation, settings.normalize_prototypes]
+        return {"made_by": made_by, "rows": None if self.targets is None else self.targets.state_dict()}
+
+    def load_state_dict(self, saved: Sequence[Mapping[str, Any]], settings: ObjectiveSettings) -> None:
+        """Take over the targets that were saved of this term, if they were computed under the same settings."""
+        own = self.state_dict(settings)["made_by"]
+        for state in saved:
+            if state["made_by"][:2] != own[:2]:
+                continue
+            if state["rows"] == "all":
+                self.fill()
+            elif self.targets is not None and state["made_by"] == own:
+                self.targets.load_state_dict(state["rows"])
+
+
+class WeightedTerms(list[WeightedTerm]):
+    """The terms of a source that have a weight, in its order.
+
+    Args:
+        source: of the terms; None for no terms.
+        settings: of the loss.
+
+    Raises:
+        ValueError: no weight for an external teacher, a weight for a teacher that there is not, or without back translation
+            a teacher of another width than the student.
+    """
+
+    def __init__(self, source: PrototypeSource | None, settings: ObjectiveSettings) -> None:
+        super().__init__()
+        self.settings, self.version = settings, 0 if source is None else source.version
+        if source is None or not source.terms:
+            return
+        external = source.external_teachers
+        settings.check_teachers(external)
+        groups = [teacher if teacher in external else None for _, teacher in source.terms]
+        for group, ((student, teacher), term) in zip(groups, source.terms.items(), strict=True):
+            is_external = group is not None
+            weight = settings.weight_of(teacher, is_external=is_external) / groups.count(group)
+            if weight:
+                part = "proto_external_loss" if is_external else "proto_loss"
+                temperature = settings.external_target_temperature if is_external else settings.target_temperature
+                self.append(
+                    WeightedTerm(student, teacher, part, weight, *_constants(settings, student, teacher, term), temperature)
                 )
 
+    def fill(self) -> None:
+        """Compute all targets now, not when labels need them."""
+        for term in self:
+            term.fill()
 
-def weighted_terms(prototypes: Prototypes | OnlinePrototypes, loss: "ProtoLoss") -> list[Term]:
-    """The terms that have a weight under the settings of ``loss``, in the order of ``prototypes``.
+    def check(self, batch: BatchFeatures, logit_scale: Tensor | float) -> dict[str, Tensor]:
+        """Check the students' features, move the terms to their device, and return each student's scale."""
+        scales: dict[str, Tensor] = {}
+        for student in dict.fromkeys(term.student for term in self):
+            if student not in batch.students:
+                raise ValueError(f"features must hold the projected features of {student!r}, got {sorted(batch.students)}")
+            h = batch.students[student]
+            if check.values_are_checked(h, self.settings.check_values):
+                check.finite(f"projected features of {student!r}", h)
+            scales[student] = check.scale("logit_scale_proto", logit_scale, h, self.settings.check_values)
+        for term in self:
+            h, width = batch.students[term.student], term.prototypes.shape[1]
+            check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
+            term.to(h.device)
+        return scales
 
-    Targets of an episode are built here, once; in online mode as labels ask for them, so that no step waits for all.
-    """
-    external = prototypes.external_teachers
-    groups = [teacher if teacher in external else None for _, teacher in prototypes.terms]
-    terms = []
-    for group, ((student, teacher), made) in zip(groups, prototypes.terms.items(), strict=True):
-        part = "proto_loss" if group is None else "proto_external_loss"
-        weight = (loss.w_proto if group is None else _external_weight(loss, group)) / groups.count(group)
-        temperature = loss.target_temperature if group is None else loss.external_target_temperature
-        if weight:
-            term = Term(student, teacher, part, weight, *_constants(loss, student, teacher, made), temperature)
-            if isinstance(prototypes, Prototypes):
-                term.labels = term.ignored(term.labels)
-                term.fill()
-            terms.append(term)
-    return terms
+    def add_to(
+        self,
+        parts: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        batch: BatchFeatures,
+        scales: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        ranks: RankRows,
+    ) -> None:
+        """Add this rank's share of each term to its part of the loss, and its accuracy to the metrics."""
+        if not self:
+            return
+        usable = [term.usable(labels[term.teacher]) for term in self]
+        row_masks = [x != -1 for x in usable]
+        own_counts = torch.stack([mask.sum() for mask in row_masks])
+        counts = ranks.sum(own_counts).clamp(min=1)
+        for i, term in enumerate(self):
+            safe = usable[i].where(row_masks[i], 0)
+            h, scale, delta = batch.students[term.student], scales[term.student], term.target_delta(safe)
+            total, correct = label_nll_sum(
+                h,
+                term.prototypes,
+                safe,
+                row_masks[i],
+                scale,
+                delta,
+                term.valid,
+                self.settings.chunk_size,
+                with_accuracy=True,
+            )
+            parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
+            metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own_counts[i].clamp(min=1)
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The targets of each term."""
+        return [term.state_dict(self.settings) for term in self]
 
-def _external_weight(loss: "ProtoLoss", teacher: str) -> float:
-    if not isinstance(loss.w_external, Mapping):
-        return loss.w_external
-    if teacher not in loss.w_external:
-        raise ValueError(f"w_external must have a weight for teacher {teacher!r}, got weights for {sorted(loss.w_external)}")
-    return loss.w_external[teacher]
+    def load_state_dict(self, saved: Sequence[Mapping[str, Any]] | None) -> None:
+        """Take over the targets that were saved; None if they were computed at once (0.6 did not save those)."""
+        if saved is None:
+            self.fill()
+        for term in self:
+            term.load_state_dict(saved or (), self.settings)
 
 
 def _constants(
-    loss: "ProtoLoss", student: str, teacher: str, term: PrototypeTerm
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """P, C, labels and the mask (None where every prototype is valid)."""
+    settings: ObjectiveSettings, student: str, teacher: str, term: PrototypeTerm
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """P, C and the mask (None where every prototype is valid)."""
     prototypes, centroids = term.prototypes, term.teacher_centroids
-    if not loss.back_translation:
+    if not settings.back_translation:
         if centroids.shape[1] != prototypes.shape[1]:
             raise ValueError(
                 f"back_translation=False uses the centroids of teacher {teacher!r} as prototypes of {student!r}: they have "
                 f"width {centroids.shape[1]}, the student {prototypes.shape[1]}"
             )
         prototypes = centroids.to(prototypes.dtype)
-    if loss.normalize_prototypes:
+    if settings.normalize_prototypes:
         prototypes, centroids = F.normalize(prototypes, dim=1), F.normalize(centroids, dim=1)
-    return prototypes, centroids, term.labels, None if bool(term.valid.all()) else term.valid
+    return prototypes, centroids, None if bool(term.valid.all()) else term.valid

@@ -2,14 +2,18 @@
 
 from .back_translation import PrototypicalBackTranslation
 from .build import EpisodicClusterer
-from .episode import Prototypes, PrototypeTerm
+from .episode import Prototypes
 from .online import OnlinePrototypes
 from .report import EpisodeReport
+from .source import BatchFeatures, Clustering, PrototypeSource, PrototypeTerm
 
 __all__ = [
+    "BatchFeatures",
+    "Clustering",
     "EpisodeReport",
     "EpisodicClusterer",
     "OnlinePrototypes",
+    "PrototypeSource",
     "PrototypeTerm",
     "Prototypes",
     "PrototypicalBackTranslation",

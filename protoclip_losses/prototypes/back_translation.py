@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..functional.back_translation import back_translate, label_sums, means
+from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
+from ..distributed import Group, sum_over_ranks
+from ..functional.back_translation import back_translate, segment_mean, segment_sum
 
 
 class PrototypicalBackTranslation(nn.Module):
@@ -15,8 +17,12 @@ class PrototypicalBackTranslation(nn.Module):
     .. math::
         P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i
 
-    Called, it is :func:`protoclip_losses.functional.back_translate`. For features that do not fit in memory, pass them batch by
-    batch to :meth:`update` and take the same answer from :meth:`compute`; a streamed sum is kept in float64.
+    **Use it when:** you have a teacher's labels and want prototypes in a student's space, at once or batch by batch.
+    **Not when:** you cluster episodes: :meth:`EpisodicClusterer.build` back-translates every pair, over all ranks.
+    **Related:** :func:`protoclip_losses.functional.back_translate`, which a call of the module is.
+
+    For features that do not fit in memory, pass them batch by batch to :meth:`update` and get the same answer from
+    :meth:`compute`; a streamed sum is kept in float64.
 
     Args:
         num_prototypes: number K of teacher clusters.
@@ -42,8 +48,11 @@ class PrototypicalBackTranslation(nn.Module):
         self.num_prototypes = check.positive_int("num_prototypes", num_prototypes)
         self.reset()
 
+    def extra_repr(self) -> str:
+        return f"num_prototypes={self.num_prototypes}, streamed={int(self._counts.sum())}"
+
     def forward(self, labels: Tensor, features: Tensor) -> Tensor:
-        """Prototypes (K, D) of labels (N,) and features (N, D); independent of what was streamed."""
+        """Prototypes (K, D) of labels (N,) and features (N, D); streamed features are not used."""
         prototypes, self.counts = back_translate(labels, features, self.num_prototypes)
         return prototypes
 
@@ -57,7 +66,7 @@ class PrototypicalBackTranslation(nn.Module):
     def update(self, labels: Tensor, features: Tensor) -> None:
         """Add a batch: labels (n,) int64, features (n, D)."""
         check.matrix("features", features, width=None if self._sums is None else self._sums.shape[1], of=" as before")
-        sums, counts = label_sums(labels, features, self.num_prototypes)
+        sums, counts = segment_sum(labels, features, self.num_prototypes)
         if self._sums is None:
             self._dtype = sums.dtype
             self._sums, self._counts = sums.double(), counts
@@ -69,13 +78,27 @@ class PrototypicalBackTranslation(nn.Module):
         """Prototypes (K, D) of everything passed to :meth:`update`."""
         if self._sums is None:
             raise ValueError("compute needs at least one update(labels, features) before it")
-        return means(self._sums, self._counts).to(self._dtype)
+        return segment_mean(self._sums, self._counts).to(self._dtype)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"sums": self._sums, "counts": self._counts, "dtype": str(self._dtype).removeprefix("torch.")}
+        return {"format": 1, "sums": self._sums, "counts": self._counts, "dtype": str(self._dtype).removeprefix("torch.")}
 
     def set_extra_state(self, state: Any) -> None:
+        check.state_format("PrototypicalBackTranslation", state)
         counts = state["counts"]
         check.integers("state_dict counts", counts, length=self.num_prototypes, of=" as num_prototypes")
         self._sums, self._counts, self._dtype = state["sums"], counts, getattr(torch, state["dtype"])
         self.counts = counts
+
+
+def back_translate_over_ranks(
+    labels: Tensor, features: Tensor, num_prototypes: int, group: Group | None
+) -> tuple[Tensor, Tensor]:
+    """Prototypes (K, D) and counts (K,) from the labels (n,) and features (n, D) of all ranks; sums are in float64.
+
+    Rows that are not finite are left out, as are those with label -1.
+    """
+    labels = labels.where(finite_rows(features), -1)
+    sums = sum_over_ranks(segment_sums_and_counts(labels, features, num_prototypes), group)
+    prototypes, counts = segment_means_and_counts(sums)
+    return prototypes.to(torch.promote_types(features.dtype, torch.float32)), counts

@@ -1,5 +1,6 @@
 """Episodic clustering: K-means of each teacher's features over one episode, then back translation into each student's space."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,57 +9,58 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import sum_dtype
-from ..clustering.assign import assign
-from ..clustering.engines import BACKENDS, ENGINES, choose
-from ..clustering.kmeans import Clusters, finite_points, places
-from ..clustering.points import Rows, Settings
-from ..clustering.report import ClusteringReport
-from ..distributed import Group, RankRows, active_group, gather_sizes, sum_over_ranks, validate_on_all_ranks, validate_rows
+from ..clustering.kmeans import SETTINGS, KMeans, KMeansResult
+from ..distributed import Group, RankRows, active_group, gather_sizes, gather_strings, validate_on_all_ranks, validate_rows
 from ..episodes import FeatureBank
+from .back_translation import back_translate_over_ranks
 from .episode import Prototypes
-from .report import EpisodeReport, agreements, back_translated, compare, first_occurrences, modalities, with_teachers
+from .report import EpisodeReport, agreements, centroid_drift, changed_share
+from .source import Clustering, PrototypeTerm
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
 
 
 class EpisodicClusterer:
-    r"""K-means over an episode.
+    r"""Builds the :class:`Prototypes` of an episode: K-means of each teacher's features, back translation for each student.
 
     .. math::
-        \min_{C, a} \sum_{i=1}^{N} \| x_i - C_{a_i} \|^2
+        \min_{C, a} \sum_{i=1}^{N} \| x_i - C_{a_i} \|^2, \qquad P_k = \frac{1}{n_k} \sum_{i : a_i = k} h_i
+
+    (teacher's features x, student's h). Under torch.distributed each rank passes its own rows, and all get the same prototypes.
+
+    Use it when: training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
+    Not when: the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
+    Related: :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
 
     Args:
-        num_prototypes: number K of clusters; the paper has about 10 points per prototype.
+        num_prototypes: number K of clusters; the paper has about 10 samples for each.
         niter: K-means iterations, at most.
-        tol: ``"torch"`` stops at the iteration that lowers the objective by no more than this share of it; 0: when labels settle.
-        nredo: K-means runs, the best one being kept.
-        backend: ``"torch"``, on the features' own device and over all ranks; ``"faiss"``, which gathers all rows on one rank;
-            or ``"auto"``, which picks one and says in the report which and why.
-        spherical: normalise centroids in each iteration. The paper does not.
-        seed: of K-means; the same rows and the same seed give the same centroids.
-        device: where K-means runs; None is the features' own device for ``"torch"`` and the CPU for ``"faiss"``.
-        warm_start: :meth:`build` starts from the centroids of the build before, so that prototypes keep their numbers. The
-            paper does not.
-        max_dropped: the share of rows with NaN or Inf above which :meth:`fit` raises; below it they are left out and counted.
+        tol: K-means stops at the iteration that lowers the objective by no more than this share; 0: when no label changes.
+        nredo: K-means runs, of which the best is kept.
+        backend: the engine, ``"auto"``, ``"torch"`` or ``"faiss"``; :class:`KMeans` says which is for what.
+        spherical: normalise the centroids in each iteration. The paper does not.
+        seed: of K-means.
+        device: where K-means runs; None leaves it to the engine.
+        warm_start: :meth:`build` starts K-means from the last centroids, so that prototypes keep their ids. The paper does not.
+        max_dropped: the share of rows with NaN or Inf above which :meth:`fit` and :meth:`build` raise.
         process_group: None for the default group, ``False`` for this process alone, or a group.
 
-    Under torch.distributed each rank passes its own rows, and all get the same centroids.
-
     Attributes:
-        report: an :class:`EpisodeReport` of the last :meth:`build`, or None.
-        previous: the :class:`Prototypes` that it returned, which the next one is compared with; saved by :meth:`state_dict`.
+        previous: the last :class:`Prototypes`, which the next are compared with; saved by :meth:`state_dict`.
 
     Example:
         >>> import torch
-        >>> clusterer = EpisodicClusterer(num_prototypes=2)
-        >>> clusters = clusterer.fit(torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]]))
-        >>> clusters.counts, clusters.objective
-        (tensor([2, 2]), 1.0)
+        >>> bank = FeatureBank(torch.arange(4), dim=2)
+        >>> images = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])
+        >>> bank.update(torch.arange(4), images, -images)
+        >>> prototypes = EpisodicClusterer(num_prototypes=2).build(bank)
+        >>> prototypes.terms["text", "image"].prototypes.sort(dim=0).values
+        tensor([[-9.0000, -0.5000],
+                [ 0.0000, -0.5000]])
 
     Source:
-        ProtoCLIP section III-D, https://arxiv.org/abs/2206.10996; faiss, https://faiss.ai.
+        ProtoCLIP sections III-C and III-D, https://arxiv.org/abs/2206.10996.
     """
 
     def __init__(
@@ -76,90 +78,42 @@ class EpisodicClusterer:
         max_dropped: float = 0.01,
         process_group: Group | bool | None = None,
     ) -> None:
-        self.num_prototypes = check.positive_int("num_prototypes", num_prototypes)
-        self.niter, self.nredo = check.positive_int("niter", niter), check.positive_int("nredo", nredo)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if not 0 <= tol < 1:
-            raise ValueError(f"tol must be a share in [0, 1), got {tol}")
-        if not 0 <= max_dropped <= 1:
-            raise ValueError(f"max_dropped must be a share in [0, 1], got {max_dropped}")
-        self.backend, self.spherical, self.seed = backend, spherical, check.seed("seed", seed)
-        self.device = None if device is None else torch.device(device)
-        self.tol, self.warm_start, self.max_dropped, self.process_group = tol, warm_start, max_dropped, process_group
-        self.report: EpisodeReport | None = None
+        self.num_prototypes, self.niter, self.tol, self.nredo, self.backend = num_prototypes, niter, tol, nredo, backend
+        self.spherical, self.seed, self.device, self.warm_start = spherical, seed, device, warm_start
+        self.max_dropped, self.process_group = max_dropped, process_group
         self.previous: Prototypes | None = None
+        self._kmeans()  # raises for a bad setting
 
-    def fit(self, features: Tensor, *, init: Tensor | None = None, index: Tensor | None = None) -> Clusters:
-        """Cluster this rank's rows (N, D) together with those of all ranks.
+    def _kmeans(self) -> KMeans:
+        return _FeatureKMeans(self.num_prototypes, **{name: getattr(self, name) for name in SETTINGS})
 
-        Args:
-            features: (N, D), this rank's rows.
-            init: (K, D) centroids to start from, the same on every rank; None draws rows.
-            index: (N,) int64, the number of each row: K-means takes rows in its order, so that which rank holds which does not
-                matter. None is their own order, rank by rank.
+    def __repr__(self) -> str:
+        names = (*SETTINGS, "warm_start")
+        return f"EpisodicClusterer({self.num_prototypes}, {', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
-        Raises:
-            TypeError: features that are not floating point, an index that is not int64.
-            ValueError: fewer finite rows than prototypes, more NaN or Inf than ``max_dropped`` allows, values that float32
-                cannot square.
-            RuntimeError: faiss is asked for a GPU and the installed one has none.
-        """
-        start = time.perf_counter()
-        group = active_group(self.process_group)
-        (finite, points), ranks = validate_rows(
-            lambda: finite_points(features, index, init, self.num_prototypes),
-            group,
-            len(features) if isinstance(features, Tensor) and features.dim() else 0,
-            signature=lambda: (features.shape[1], features.dtype, self.num_prototypes, init is None, index is None),
-        )
-        kept_ranks = RankRows(group, gather_sizes(len(points), group))
-        total, kept = ranks.total, kept_ranks.total
-        if total - kept > self.max_dropped * total:
-            raise ValueError(
-                f"features hold NaN or Inf in {total - kept} of {total} rows, more than max_dropped={self.max_dropped} allows"
-            )
-        if kept < self.num_prototypes:
-            raise ValueError(
-                f"features must have at least as many finite rows as num_prototypes={self.num_prototypes}, got {kept}; "
-                "about 10 rows per prototype is usual"
-            )
-        backend, reason = choose(self.backend, self.device or features.device)
-        device = self.device or (features.device if backend == "torch" else torch.device("cpu"))
-        place = places(None if index is None else index[finite], points, kept_ranks)
-        if backend == "torch":
-            points, place = points.to(device), place.to(device)
-        settings = Settings(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init)
-        run = ENGINES[backend](Rows(points, place, kept_ranks), self.num_prototypes, settings)
-        clustered = time.perf_counter()
-        nearest, distances = assign(points, run.centroids, run.labels)
-        counts = sum_over_ranks(torch.bincount(nearest, minlength=self.num_prototypes), group).to(features.device)
-        objective = float(sum_over_ranks(distances.to(sum_dtype(distances.device)).sum(), group))
-        labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
-        labels[finite] = nearest.to(features.device)
-        report = ClusteringReport(
-            backend=backend,
-            reason=reason,
-            objectives=run.objectives,
-            objective=objective,
-            imbalance=float((counts.float() / kept).square().sum() * self.num_prototypes),
-            empty=int((counts == 0).sum()),
-            reseeded=run.reseeded,
-            dropped=total - kept,
-            seconds={"kmeans": clustered - start, "assign": time.perf_counter() - clustered},
-        )
-        return Clusters(run.centroids.to(features.device), labels, counts, objective, total - kept, report)
+    @property
+    def report(self) -> EpisodeReport | None:
+        """The report of the last :meth:`build`. Deprecated: it is ``report`` of the prototypes that were built."""
+        check.warn_renamed("EpisodicClusterer.report", "Prototypes.report")
+        return None if self.previous is None else self.previous.report
+
+    def fit(self, features: Tensor, *, init: Tensor | None = None, index: Tensor | None = None) -> KMeansResult:
+        """Cluster this rank's rows (N, D) together with those of all ranks, with no prototypes: see :meth:`KMeans.fit`."""
+        return self._kmeans().fit(features, init=init, index=index)
 
     def build(self, bank: FeatureBank, teachers: "Sequence[TeacherAdapter] | Mapping[str, TeacherAdapter]" = ()) -> Prototypes:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
 
         Each modality is a student of every other modality and of every external teacher. Labels of the whole episode are
         gathered onto every rank, so that any rank may train any sample. A sample that several ranks hold counts once. The
-        result does not depend on which rank holds which sample: K-means sees them in the order of their indices.
+        result does not depend on which rank holds which sample: K-means orders them by their indices.
 
         Args:
             bank: this rank's rows of the episode, all written.
             teachers: external teachers, a mapping of names or a list (named ``teacher0``, ``teacher1``, ...).
+
+        Returns:
+            The prototypes, with an :class:`EpisodeReport` in ``report``.
 
         Raises:
             ValueError: bank rows never written, a teacher's name that is a modality, wrong numbers of rows, K > N.
@@ -168,13 +122,17 @@ class EpisodicClusterer:
         start = time.perf_counter()
         group = active_group(self.process_group)
         external = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
-        features, ranks = modalities(bank, group)
+        features, ranks = _modalities(bank, group)
         sources = validate_on_all_ranks(
-            lambda: with_teachers(features, bank.index, external),
+            lambda: _with_teachers(features, bank.index, external),
             group,
-            signature=lambda: ([(name, x.shape[1], x.dtype) for name, x in features.items()], list(external)),
+            signature=lambda: {
+                "modalities": [(name, x.shape[1], x.dtype) for name, x in features.items()],
+                "teachers": list(external),
+                "warm_start": self.warm_start,
+            },
         )
-        index, owned = first_occurrences(ranks.gather(bank.index), ranks)
+        index, owned = _first_occurrences(ranks.gather(bank.index), ranks)
         owned_ranks = RankRows(group, gather_sizes(int(owned.sum()), group))
         own_index = bank.index[owned]
         if not bool(owned.all()):
@@ -183,34 +141,99 @@ class EpisodicClusterer:
         seconds = {"collect": time.perf_counter() - start, "back_translate": 0.0}
         terms, reports = {}, {}
         for teacher, source in sources.items():
-            clusters = self.fit(source, init=self._start(teacher, source.shape[1]), index=own_index)
-            reports[teacher] = clusters.report
+            result = self.fit(source, init=self._warm_centroids(teacher, source.shape[1]), index=own_index)
+            reports[teacher] = result.report
             start = time.perf_counter()
-            labels = owned_ranks.gather(clusters.labels)[order]
+            clustering = Clustering(result.centroids, owned_ranks.gather(result.labels)[order])
             for student in (name for name in features if name != teacher):
-                terms[student, teacher] = back_translated(
-                    sources[student], clusters.labels, clusters.centroids, labels, clusters.counts > 0, group
-                )
+                means, counts = back_translate_over_ranks(result.labels, sources[student], self.num_prototypes, group)
+                terms[student, teacher] = PrototypeTerm(means, (counts > 0) & (result.counts > 0), clustering)
             seconds["back_translate"] += time.perf_counter() - start
         prototypes = Prototypes(index, terms)
         start = time.perf_counter()
-        drift, changed = ({}, {}) if self.previous is None else compare(prototypes, self.previous)
-        self.report = EpisodeReport(reports, agreements(prototypes), drift, changed, seconds)
+        drift, changed = ({}, {}) if self.previous is None else _compare(prototypes, self.previous)
+        agreement = agreements(prototypes.labels_by_teacher)
         seconds["compare"] = time.perf_counter() - start
+        prototypes.report = EpisodeReport(reports, agreement, drift, changed, seconds)
         self.previous = prototypes
         return prototypes
 
-    def _start(self, teacher: str, width: int) -> Tensor | None:
-        """The centroids of the build before, where it had such a clustering and a warm start is wanted."""
-        term = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
-        if term is None or term.teacher_centroids.shape != (self.num_prototypes, width):
-            return None
-        return term.teacher_centroids
+    def _warm_centroids(self, teacher: str, width: int) -> Tensor | None:
+        """The last centroids, if a warm start is wanted and they fit."""
+        last = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
+        return last.centroids if last is not None and last.centroids.shape == (self.num_prototypes, width) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The last prototypes: what the next episode is compared with, and with ``warm_start`` begins from."""
-        return {"previous": None if self.previous is None else self.previous.state_dict()}
+        """The last prototypes: what the next episode is compared with, and with ``warm_start`` starts from."""
+        return {"format": 1, "previous": None if self.previous is None else self.previous.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the episode that was saved."""
+        """Resume after the episode that was saved."""
+        check.state_format("EpisodicClusterer", state)
+        check.state_has("EpisodicClusterer", state, ["previous"])
         self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])
+
+
+class _FeatureKMeans(KMeans):
+    _x_name, _k_name = "features", "num_prototypes"
+
+
+def _modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], RankRows]:
+    """The bank's features, and the rows of each rank; an empty bank that no batch reached has the others' features, no rows."""
+
+    def complete() -> dict[str, Tensor]:
+        if not isinstance(bank, FeatureBank):
+            raise TypeError(f"bank must be a FeatureBank, got {type(bank).__name__}")
+        if len(bank.index) or group is None:
+            bank.require_complete()
+        return bank.features
+
+    features, ranks = validate_rows(complete, group, len(bank.index) if isinstance(bank, FeatureBank) else 0)
+    kinds = json.dumps([(name, x.shape[1], str(x.dtype).removeprefix("torch.")) for name, x in features.items()])
+    all_kinds = [kind for kind in map(json.loads, gather_strings(kinds, group)) if kind]
+    if not all_kinds:
+        raise ValueError("bank must hold a sample on some rank, got none on any")
+    if not features:
+        device = bank.index.device
+        return {n: torch.empty((0, w), dtype=getattr(torch, d), device=device) for n, w, d in all_kinds[0]}, ranks
+    return dict(features), ranks
+
+
+def _with_teachers(features: Mapping[str, Tensor], index: Tensor, teachers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Everything that is clustered, by name: the bank's modalities and the teachers' features of its samples."""
+    sources = dict(features)
+    for name, teacher in teachers.items():
+        if name in sources:
+            raise ValueError(f"teachers must not be named like a modality of the bank, got {name!r}")
+        rows = teacher[index]
+        if rows.shape[0] != len(index):
+            raise ValueError(f"teacher {name!r} must give {len(index)} rows for as many indices, got {rows.shape[0]}")
+        sources[name] = rows.to(index.device)
+    return sources
+
+
+def _first_occurrences(gathered: Tensor, ranks: RankRows) -> tuple[Tensor, Tensor]:
+    """The episode's samples (N,), sorted, and which of this rank's rows (n,) are the first to hold theirs."""
+    index, inverse = torch.unique(gathered, return_inverse=True)
+    position = torch.arange(len(gathered), device=gathered.device)
+    first = torch.full_like(index, len(gathered)).scatter_reduce_(0, inverse, position, "amin")
+    return index, (first[inverse] == position)[ranks.own]
+
+
+def _compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict[str, float]]:
+    """Drift and share of changed labels of each clustering that both have; see :class:`EpisodeReport`."""
+    drift: dict[str, float] = {}
+    changed: dict[str, float] = {}
+    common = torch.isin(now.index, before.index.to(now.index.device))
+    position = before.positions(now.index[common].to(before.index.device), check_values=False)
+    for teacher, clustering in now.clusterings.items():
+        old = before.clusterings.get(teacher)
+        if old is None or old.centroids.shape[1] != clustering.centroids.shape[1]:
+            continue
+        labels = now.labels_by_teacher[teacher]
+        old_labels = before.labels_by_teacher[teacher].to(before.index.device)  # the loss may have moved them to its own
+        drift[teacher], successors = centroid_drift(clustering.centroids, labels, old.centroids, old_labels)
+        share = changed_share(successors, labels[common], old_labels[position].to(labels.device))
+        if share is not None:
+            changed[teacher] = share
+    return drift, changed

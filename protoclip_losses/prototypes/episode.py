@@ -1,107 +1,104 @@
-"""What an episode's clustering leaves behind: the constants of every prototype term, keyed by sample index."""
+"""The prototypes of an episode, with labels by sample index."""
 
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .report import EpisodeReport
+from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
 
 
-@dataclass(frozen=True)
-class PrototypeTerm:
-    """One (student, teacher) pair: K prototypes in the student's space and the teacher's clustering of N samples.
+class Prototypes(PrototypeSource, kind="episode"):
+    """The terms of an episode and its samples. Free of any temperature or weight: those belong to the loss.
 
-    Attributes:
-        prototypes: (K, D), back-translated into the student's space; the row of an invalid prototype is zero.
-        teacher_centroids: (K, Dt).
-        labels: (N,) int64, -1 where the teacher's features were not finite.
-        valid: (K,) bool, False where no sample is in the cluster.
-    """
-
-    prototypes: Tensor
-    teacher_centroids: Tensor
-    labels: Tensor
-    valid: Tensor
-
-    def __post_init__(self) -> None:
-        check.matrix("prototypes", self.prototypes)
-        num = self.prototypes.shape[0]
-        check.matrix("teacher_centroids", self.teacher_centroids, rows=num, of=" as prototypes")
-        check.integers("labels", self.labels)
-        check.valid_mask(self.valid, num)
-        check.label_range("labels", self.labels.where(self.labels != -1, 0), num, " or be -1")
-        if not bool(self.valid.any()):
-            raise ValueError("valid must leave at least one prototype, got none")
-        check.finite("prototypes", self.prototypes[self.valid])
-        check.finite("teacher_centroids", self.teacher_centroids[self.valid])
-
-
-class Terms:
-    """Terms by (student, teacher), and who is who among them."""
-
-    terms: dict[tuple[str, str], PrototypeTerm]
-
-    @property
-    def students(self) -> set[str]:
-        """Modalities that are trained."""
-        return {student for student, _ in self.terms}
-
-    @property
-    def external_teachers(self) -> set[str]:
-        """Teachers that are not themselves trained."""
-        return {teacher for _, teacher in self.terms} - self.students
-
-    @property
-    def clusterings(self) -> dict[str, PrototypeTerm]:
-        """A term of each teacher, for its clustering: it has the same one for every student."""
-        return {teacher: term for (_, teacher), term in self.terms.items()}
-
-
-class Prototypes(Terms):
-    """The terms of an episode, and the samples they speak of. Free of any temperature or weight: those belong to the loss.
+    **Use it when:** the loss is called with sample indices; :meth:`EpisodicClusterer.build` makes one per episode.
+    **Not when:** no sample index reaches the loss (:class:`OnlinePrototypes`).
+    **Related:** :class:`EpisodicClusterer`, :meth:`ProtoLoss.set_prototypes`.
 
     Args:
         index: (N,) int64, sample indices of the episode, each once.
-        terms: mapping from (student, teacher) to :class:`PrototypeTerm`, each with N labels.
+        terms: mapping from (student, teacher) to :class:`PrototypeTerm`, each with N labels; all terms of a teacher have the
+            same labels.
+        report: how the clustering went. Not saved.
 
-    A teacher that is also a student of some term is internal; any other is external.
+    Attributes:
+        labels_by_teacher: (N,) int64 of each teacher, -1 for samples without a cluster.
+        report: an :class:`EpisodeReport`, empty if the prototypes were not built here.
 
     Example:
         >>> import torch
-        >>> term = PrototypeTerm(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), torch.tensor([True, True]))
+        >>> term = PrototypeTerm(torch.eye(2), torch.tensor([True, True]), Clustering(torch.eye(2), torch.tensor([0, 1])))
         >>> prototypes = Prototypes(torch.tensor([30, 10]), {("image", "text"): term})
         >>> prototypes.positions(torch.tensor([10, 30, 30]))
         tensor([1, 0, 0])
     """
 
-    def __init__(self, index: Tensor, terms: Mapping[tuple[str, str], PrototypeTerm]) -> None:
+    def __init__(self, index: Tensor, terms: Mapping[Pair, PrototypeTerm], report: EpisodeReport | None = None) -> None:
         check.integers("index", index)
-        self.index = index
-        self.terms = dict(terms)
-        for (student, teacher), term in self.terms.items():
-            check.integers(f"labels of ({student}, {teacher})", term.labels, length=len(index), of=" as index")
-        self._sorted, self._order = index.sort()
         if index.numel() == 0:
             raise ValueError("index must hold at least one sample, got none")
-        repeated = self._sorted[1:] == self._sorted[:-1]
+        ordered, order = index.sort()
+        repeated = ordered[1:] == ordered[:-1]
         if bool(repeated.any()):
-            first = int(self._sorted[1:][repeated][0])
+            first = int(ordered[1:][repeated][0])
             raise ValueError(f"index must hold each sample once, got {int(repeated.sum())} repeats (sample {first}, for one)")
+        labels: dict[str, Tensor] = {}
+        for (student, teacher), term in terms.items():
+            own = term.labels
+            if own is None:
+                raise ValueError(f"labels of ({student}, {teacher}) must be given for an episode, got None")
+            check.integers(f"labels of ({student}, {teacher})", own, length=len(index), of=" as index")
+            if own is not labels.setdefault(teacher, own) and not torch.equal(own, labels[teacher]):
+                raise ValueError(
+                    f"labels of teacher {teacher!r} must be the same for all its students, those of {student!r} differ"
+                )
+        self._checksum: int | None = None
+        self.index, self.terms, self.report = index, dict(terms), report or EpisodeReport({}, {})
+        self._ordered, self._order, self.labels_by_teacher = ordered, order, labels
+
+    def __repr__(self) -> str:
+        pairs = ", ".join(f"{student} <- {teacher}" for student, teacher in self.terms)
+        return f"Prototypes({len(self.index)} samples; {pairs})"
+
+    def labels(self, features: BatchFeatures, index: Tensor | None, *, check_values: bool | None = None) -> dict[str, Tensor]:
+        """Labels (B,) of each teacher by sample index; the features are not looked at.
+
+        Raises:
+            ValueError: no index, or features of a teacher that was not clustered.
+            IndexError: a sample that is not in the episode.
+        """
+        if index is None:
+            raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
+        if unknown := features.teachers.keys() - self.external_teachers:
+            raise ValueError(f"teacher_features must be of {sorted(self.external_teachers)}, got {sorted(unknown)}")
+        positions = self.positions(index.to(features.device), check_values=check_values)
+        if next(iter(self.labels_by_teacher.values()), positions).device != positions.device:
+            self.labels_by_teacher = {teacher: x.to(positions.device) for teacher, x in self.labels_by_teacher.items()}
+        return {teacher: x[positions] for teacher, x in self.labels_by_teacher.items()}
+
+    def signature(self) -> dict[str, object]:
+        """Terms and a checksum of the prototypes: they must have been built, or loaded, together on all ranks."""
+        if self._checksum is None:
+            self._checksum = zlib.crc32(
+                b"".join(term.prototypes.contiguous().cpu().view(torch.uint8).numpy().tobytes() for term in self.terms.values())
+            )
+        return {**super().signature(), "the checksum of the prototypes, which one build gives to all ranks": self._checksum}
 
     def positions(self, index: Tensor, *, check_values: bool | None = None) -> Tensor:
-        """Rows of the episode (B,) for sample indices (B,): what ``term.labels`` is indexed with.
+        """Positions (B,) of sample indices (B,) in the episode: what ``term.labels`` is indexed with.
 
         Raises:
             IndexError: a sample that is not in the episode. On CUDA it is raised asynchronously unless ``check_values=True``.
         """
         check.integers("index", index)
-        if self._sorted.device != index.device:
-            self._sorted, self._order = self._sorted.to(index.device), self._order.to(index.device)
-        place = torch.searchsorted(self._sorted, index).clamp(max=self._sorted.shape[0] - 1)
-        unknown = self._sorted[place] != index
+        if self._ordered.device != index.device:
+            self._ordered, self._order = self._ordered.to(index.device), self._order.to(index.device)
+        position = torch.searchsorted(self._ordered, index).clamp(max=self._ordered.shape[0] - 1)
+        unknown = self._ordered[position] != index
         if check.values_are_checked(index, check_values):
             if bool(unknown.any()):
                 first = int(index[unknown][0])
@@ -111,24 +108,44 @@ class Prototypes(Terms):
                 )
         else:
             torch._assert_async((~unknown).all())
-        return self._order[place]
+        return self._order[position]
+
+    def to(self, device: torch.device | str) -> "Prototypes":
+        """The same on another device."""
+        clusterings = {teacher: clustering.to(device) for teacher, clustering in self.clusterings.items()}
+        terms = {
+            (student, teacher): PrototypeTerm(term.prototypes.to(device), term.valid.to(device), clusterings[teacher])
+            for (student, teacher), term in self.terms.items()
+        }
+        return Prototypes(self.index.to(device), terms, self.report)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and strings; a teacher's labels are stored once however many students it has."""
+        """Plain tensors and strings; a teacher's clustering is saved once, however many students it has."""
         return {
+            "format": 1,
+            "kind": self.kind,
             "index": self.index,
-            "terms": [{"student": student, "teacher": teacher, **vars(term)} for (student, teacher), term in self.terms.items()],
+            "clusterings": {name: {"centroids": x.centroids, "labels": x.labels} for name, x in self.clusterings.items()},
+            "terms": [
+                {"student": student, "teacher": teacher, "prototypes": term.prototypes, "valid": term.valid}
+                for (student, teacher), term in self.terms.items()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what was saved."""
-        names = ("prototypes", "teacher_centroids", "labels", "valid")
-        terms = {(t["student"], t["teacher"]): PrototypeTerm(**{name: t[name] for name in names}) for t in state["terms"]}
-        Prototypes.__init__(self, state["index"], terms)
+        """Become what was saved; all or nothing."""
+        other = Prototypes.from_state_dict(state)
+        self.__dict__.update(other.__dict__)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Prototypes":
         """Prototypes from a saved state, for a process that has none yet."""
-        self = cls.__new__(cls)
-        self.load_state_dict(state)
-        return self
+        if check.state_format("Prototypes", state) == 0:
+            clusterings = {t["teacher"]: Clustering(t["teacher_centroids"], t["labels"]) for t in state["terms"]}
+        else:
+            clusterings = {teacher: Clustering(**saved) for teacher, saved in state["clusterings"].items()}
+        terms = {
+            (t["student"], t["teacher"]): PrototypeTerm(t["prototypes"], t["valid"], clusterings[t["teacher"]])
+            for t in state["terms"]
+        }
+        return cls(state["index"], terms)

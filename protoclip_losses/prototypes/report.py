@@ -1,115 +1,32 @@
-"""The steps of a build around K-means: what is clustered, whose a sample is, a term, the last episode beside it."""
+"""How an episode's build went: the numbers of its clusterings, their agreement, and their change since the last episode."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..clustering.agreement import adjusted_agreement
 from ..clustering.assign import assign
-from ..clustering.points import finite_rows, means_and_counts, sums_by_label
 from ..clustering.report import ClusteringReport
-from ..distributed import Group, RankRows, gather_strings, sum_over_ranks, validate_rows
-from ..episodes import FeatureBank
-from .episode import Prototypes, PrototypeTerm
-
-
-def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], RankRows]:
-    """The bank's features, and the rows of each rank; an empty bank that no batch reached has those of the others, in no row."""
-
-    def complete() -> dict[str, Tensor]:
-        if not isinstance(bank, FeatureBank):
-            raise TypeError(f"bank must be a FeatureBank, got {type(bank).__name__}")
-        if len(bank.index) or group is None:
-            bank.require_complete()
-        return bank.features
-
-    features, ranks = validate_rows(complete, group, len(bank.index) if isinstance(bank, FeatureBank) else 0)
-    kinds = json.dumps([(name, x.shape[1], str(x.dtype).removeprefix("torch.")) for name, x in features.items()])
-    everyones = [kind for kind in map(json.loads, gather_strings(kinds, group)) if kind]
-    if not everyones:
-        raise ValueError("bank must hold a sample on some rank, got none on any")
-    if not features:
-        device = bank.index.device
-        return {n: torch.empty((0, w), dtype=getattr(torch, d), device=device) for n, w, d in everyones[0]}, ranks
-    return dict(features), ranks
-
-
-def with_teachers(features: Mapping[str, Tensor], index: Tensor, teachers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Everything that is clustered, by name: the bank's modalities and the teachers' features of its samples."""
-    sources = dict(features)
-    for name, teacher in teachers.items():
-        if name in sources:
-            raise ValueError(f"teachers must not be named like a modality of the bank, got {name!r}")
-        rows = teacher[index]
-        if rows.shape[0] != len(index):
-            raise ValueError(f"teacher {name!r} must give {len(index)} rows for as many indices, got {rows.shape[0]}")
-        sources[name] = rows.to(index.device)
-    return sources
-
-
-def first_occurrences(everything: Tensor, ranks: RankRows) -> tuple[Tensor, Tensor]:
-    """The episode's samples, sorted, and which of this rank's rows are the first to hold theirs."""
-    index, inverse = torch.unique(everything, return_inverse=True)
-    place = torch.arange(len(everything), device=everything.device)
-    first = torch.full_like(index, len(everything)).scatter_reduce_(0, inverse, place, "amin")
-    is_first = first[inverse] == place
-    return index, is_first[ranks.own]
-
-
-def back_translated(
-    student: Tensor, own_labels: Tensor, centroids: Tensor, labels: Tensor, in_use: Tensor, group: Group | None
-) -> PrototypeTerm:
-    """The term of a student (n, D) and a teacher's clustering: labels of own rows (n,), of the episode (N,), clusters in use."""
-    own = own_labels.where(finite_rows(student), -1)
-    sums = sum_over_ranks(sums_by_label(own, student, len(centroids)), group)
-    prototypes, counts = means_and_counts(sums)
-    prototypes = prototypes.to(torch.promote_types(student.dtype, torch.float32))
-    return PrototypeTerm(prototypes, centroids, labels, (counts > 0) & in_use)
-
-
-def agreements(prototypes: Prototypes) -> dict[tuple[str, str], tuple[float, float]]:
-    """Adjusted Rand index and adjusted mutual information of each two clusterings."""
-    named = prototypes.clusterings.items()
-    return {(a, b): adjusted_agreement(x.labels, y.labels) for (a, x), (b, y) in combinations(named, 2)}
-
-
-def compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict[str, float]]:
-    """Drift and share of changed labels of each clustering that both have; see :class:`EpisodeReport`."""
-    drift, changed = {}, {}
-    known = torch.isin(now.index, before.index.to(now.index.device))
-    place = before.positions(now.index[known].to(before.index.device), check_values=False)
-    old = before.clusterings
-    for teacher, term in now.clusterings.items():
-        if teacher not in old or old[teacher].teacher_centroids.shape[1] != term.teacher_centroids.shape[1]:
-            continue
-        counted = torch.bincount(old[teacher].labels + 1, minlength=len(old[teacher].valid) + 1)[1:] > 0
-        numbers = counted.nonzero()[:, 0].to(term.labels.device)
-        nearest, distances = assign(term.teacher_centroids, old[teacher].teacher_centroids[counted])
-        in_use = torch.bincount(term.labels + 1, minlength=len(term.valid) + 1)[1:] > 0
-        drift[teacher] = float(distances[in_use].sqrt().mean())
-        labels, were = term.labels[known], old[teacher].labels[place].to(term.labels.device)
-        both = (labels >= 0) & (were >= 0)
-        if bool(both.any()):
-            changed[teacher] = float((numbers[nearest][labels[both]] != were[both]).double().mean())
-    return drift, changed
 
 
 @dataclass(frozen=True)
 class EpisodeReport:
     """How a call of :meth:`EpisodicClusterer.build` went.
 
+    Use it when: you log a run: ``prototypes.report.scalars()`` are floats for any logger.
+    Not when: you want to know what the clusters contain: the functions of ``protoclip_losses.metrics`` say that.
+    Related: :class:`Prototypes`, whose ``report`` it is; :class:`ClusteringReport`, one for each clustering.
+
     Attributes:
         clusterings: a :class:`ClusteringReport` for each modality and teacher.
         agreement: adjusted Rand index and adjusted mutual information of each two clusterings.
-        drift: mean distance of the centroids in use from the nearest one of the episode before, for each clustering.
-        changed: of the samples that were in the episode before, the share whose cluster's centroid is nearest to another
-            old centroid than their own.
-        seconds: of each stage.
+        drift: for each clustering, the mean distance from the centroids in use to the nearest one of the last episode.
+        changed: for each clustering, of the samples that the last episode had too, the share whose centroid is nearest to
+            another old centroid than their old one.
+        seconds: duration of each stage.
     """
 
     clusterings: Mapping[str, ClusteringReport]
@@ -119,10 +36,33 @@ class EpisodeReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
-        """Every number under a name of its own, for any logger: ``for name, value in report.scalars().items(): ...``"""
+        """Every number under its own name, for any logger: ``for name, value in report.scalars().items(): ...``"""
         values = {f"{teacher}/{k}": v for teacher, report in self.clusterings.items() for k, v in report.scalars().items()}
         for (first, second), (rand, information) in self.agreement.items():
             values |= {f"{first}-{second}/ari": rand, f"{first}-{second}/ami": information}
         values |= {f"{teacher}/drift": v for teacher, v in self.drift.items()}
         values |= {f"{teacher}/changed": v for teacher, v in self.changed.items()}
         return values | {f"seconds/{stage}": v for stage, v in self.seconds.items()}
+
+
+def agreements(labels: Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Adjusted Rand index and adjusted mutual information of each two clusterings (N,) of the same samples."""
+    return {(a, b): adjusted_agreement(x, y) for (a, x), (b, y) in combinations(labels.items(), 2)}
+
+
+def centroid_drift(centroids: Tensor, labels: Tensor, old_centroids: Tensor, old_labels: Tensor) -> tuple[float, Tensor]:
+    """Mean distance from the centroids in use (K, D) to the nearest old ones in use (K', D), and the ids of these (K,)."""
+    old_ids = _in_use(old_labels, len(old_centroids)).nonzero()[:, 0]
+    nearest, distances = assign(centroids, old_centroids[old_ids])
+    drift = float(distances[_in_use(labels, len(centroids))].sqrt().mean())
+    return drift, old_ids.to(nearest.device)[nearest]
+
+
+def changed_share(successors: Tensor, labels: Tensor, old_labels: Tensor) -> float | None:
+    """Share of samples whose centroid's nearest old one (K,) is not their old one; None without a sample labelled in both."""
+    both = (labels >= 0) & (old_labels >= 0)
+    return float((successors[labels[both]] != old_labels[both]).double().mean()) if bool(both.any()) else None
+
+
+def _in_use(labels: Tensor, num_clusters: int) -> Tensor:
+    return torch.bincount(labels + 1, minlength=num_clusters + 1)[1:] > 0

@@ -1,7 +1,7 @@
 """External teachers: features of every sample, from a file, a tensor or an encoder run once over the captions."""
 
-import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, active_group, rank, validate_on_all_ranks
-from .caption_cache import Encode, call_encoder, encode_to_file
-from .pca import PCA
+from .caption_cache import Encode, call_encoder, complete_cache, encode_to_file
+from .files import companion, open_rows
+from .pca import PCA, fit_once, load_pca, pca_from_state
 
 BLOCK = 16_384  # rows read at a time
 
@@ -25,11 +26,17 @@ class TeacherAdapter:
     sample indices and returns float32 features; ``len(teacher)`` is the number of samples. ``dim`` reduces the width by PCA,
     fitted once over all rows and frozen: read :attr:`dim` for the width that comes out.
 
+    **Use it when:** prototypes should follow the clusters of another model, such as a sentence encoder of the captions.
+    **Not when:** only image and text features of the model in training are clustered: build without teachers.
+    **Related:** :class:`EpisodicClusterer`, whose ``build`` takes teachers; :class:`FeatureCollector` makes those of a stream.
+
     Example:
         >>> import torch
         >>> teacher = TeacherAdapter.from_tensor(torch.eye(4))
         >>> len(teacher), teacher.dim, teacher[torch.tensor([2])]
         (4, 4, tensor([[0., 0., 1., 0.]]))
+        >>> teacher
+        TeacherAdapter(4 samples, dim=4, float32)
 
     Source:
         ProtoCLIP section III-C and IV-A: RoBERTa features, PCA to 64, https://arxiv.org/abs/2206.10996.
@@ -58,15 +65,10 @@ class TeacherAdapter:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a 2-D array, dim larger than the width or than the number of rows.
+            ValueError: another kind of file, not a 2-D array, dim larger than the width or than the number of rows.
             TypeError: not an array of floats.
         """
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        if rows.ndim != 2:
-            raise ValueError(f"{os.fspath(path)} must hold a 2-dimensional array (samples, width), got shape {rows.shape}")
-        if rows.dtype.kind != "f":
-            raise TypeError(f"{os.fspath(path)} must hold floats, got {rows.dtype}")
-        return cls._with_pca(rows, dim, normalize=normalize)
+        return cls._with_pca(open_rows(path), dim, normalize=normalize)
 
     @classmethod
     def from_tensor(
@@ -100,13 +102,17 @@ class TeacherAdapter:
     ) -> "TeacherAdapter":
         """Run an encoder once over the captions, into a memory-mapped file that a second run reuses and a killed one resumes.
 
+        A cache that is there already costs one caption: the first is encoded again, as the cache may be another encoder's.
+        A process that finds another one writing the cache waits for it.
+
         Under torch.distributed the group's first rank encodes and the others wait, which for millions of captions outlasts the
         group's timeout: run it once in one process before training.
 
         Args:
-            encode: list of n captions to (n, D_E) floats.
+            encode: list of n captions to (n, D_E) floats, the same whenever it is asked.
             texts: N captions; row i belongs to sample i.
-            cache: the .npy file; beside it lie ``.json`` (how far it is, of which captions) and ``.pca.npz``.
+            cache: the .npy file. With ``caps.npy`` come ``caps.npy.json`` (how far it is, of which captions),
+                ``caps.npy.pca.npz``, and ``caps.npy.lock`` while it is written.
             dim: width after PCA; None leaves the width as it is.
             batch_size: captions per call of ``encode``.
             normalize: L2-normalise rows before PCA, as the recipe does.
@@ -115,50 +121,48 @@ class TeacherAdapter:
             process_group: None for the default group, ``False`` for this process alone, or a group.
 
         Raises:
-            ValueError: an encoder that returns another number of rows, or NaN or Inf; a cache made from other captions.
+            TypeError: an encoder that returns anything but rows of numbers, texts that are no list of strings.
+            ValueError: an encoder that returns another number of rows or another width than before, or NaN or Inf; a cache
+                made from other captions, by another encoder or in another dtype, or a damaged one.
+            OSError: what the file system says, such as a full disk, with the name of the file.
         """
-        path = Path(cache)
-        group = active_group(process_group)
+        path, group = Path(cache), active_group(process_group)
 
-        def run() -> None:
+        def run() -> list[str]:
             captions = check.strings("texts", texts)
+            if dim is not None:
+                check.positive_int("dim", dim)
             if rank(group) == 0:
                 encode_to_file(encode, captions, path, batch_size, dtype, progress)
+            return captions
 
-        validate_on_all_ranks(run, group)
-        # A node that does not see the file raises on all ranks.
-        rows = validate_on_all_ranks(lambda: np.load(path, mmap_mode="r"), group)
+        captions = validate_on_all_ranks(run, group)
+        # A node that does not see the files, or sees others, raises on all ranks.
+        record, rows = validate_on_all_ranks(lambda: complete_cache(path, captions, dtype), group)
+        cached = {"rows of the cache": (rows.shape, zlib.crc32(rows[0].tobytes()))}
+        validate_on_all_ranks(lambda: None, group, signature=lambda: cached)
         adapter = cls(rows, encode=encode, normalize=normalize)
-        saved = path.with_suffix(".pca.npz")
+        if dim is None:
+            return adapter
+        fitted_on = {"texts": record.texts, "normalize": normalize, "dim": dim}
+        # A cache that 0.6 completed keeps the PCA that 0.6 fitted.
+        files = [companion(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
 
         def fit() -> None:
-            if rank(group) > 0 or dim is None:
-                return
-            fitted = dict(np.load(saved)) if saved.exists() else {}
-            same = {"texts": json.loads(path.with_suffix(".json").read_text())["texts"], "normalize": normalize, "dim": dim}
-            if fitted and json.loads(str(fitted["of"])) == same:
-                return
-            pca = adapter._fit(dim)
-            assert pca is not None
-            temporary = saved.with_suffix(".tmp.npz")
-            np.savez(temporary, mean=pca.mean.numpy(), components=pca.components.numpy(), of=json.dumps(same))
-            temporary.replace(saved)
+            if rank(group) == 0:
+                fit_once(lambda: adapter._fit(dim), path, files, fitted_on)
 
         validate_on_all_ranks(fit, group)
-        if dim is not None:
-            fitted = validate_on_all_ranks(lambda: dict(np.load(saved)), group)
-            adapter.pca = PCA(torch.from_numpy(fitted["mean"]), torch.from_numpy(fitted["components"]))
+        adapter.pca = validate_on_all_ranks(lambda: load_pca(files, fitted_on), group)
         return adapter
 
     @classmethod
     def _with_pca(cls, rows: Any, dim: int | None, *, normalize: bool, index: Tensor | None = None) -> "TeacherAdapter":
         adapter = cls(rows, normalize=normalize, index=index)
-        adapter.pca = adapter._fit(dim)
+        adapter.pca = None if dim is None else adapter._fit(dim)
         return adapter
 
-    def _fit(self, dim: int | None) -> PCA | None:
-        if dim is None:
-            return None
+    def _fit(self, dim: int) -> PCA:
         check.positive_int("dim", dim)
         if dim > min(self._rows.shape):
             raise ValueError(f"dim must be at most the teacher's width and number of rows, {check.shape(self._rows)}, got {dim}")
@@ -166,7 +170,7 @@ class TeacherAdapter:
 
     def _blocks(self) -> Iterator[Tensor]:
         for start in range(0, len(self), BLOCK):
-            block = self._raw(torch.arange(start, min(start + BLOCK, len(self))))
+            block = self._raw(torch.arange(start, min(start + BLOCK, len(self)), device="cpu"))
             check.finite(f"teacher rows from {start}", block)
             yield block
 
@@ -174,7 +178,8 @@ class TeacherAdapter:
         if isinstance(self._rows, Tensor):
             rows = self._rows[index.to(self._rows.device)]
         else:
-            rows = torch.from_numpy(np.asarray(self._rows[index.cpu().numpy()]))
+            block = np.asarray(self._rows[index.cpu().numpy()])
+            rows = torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False))
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows
 
@@ -182,6 +187,12 @@ class TeacherAdapter:
     def dim(self) -> int:
         """Width D_E of the features that come out."""
         return int(self._rows.shape[1]) if self.pca is None else self.pca.components.shape[1]
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} samples", f"dim={self.dim}", str(self._rows.dtype).removeprefix("torch.")]
+        parts += [] if self.pca is None else [str(self.pca)]
+        parts += ["normalize=True"] if self.normalize else []
+        return f"TeacherAdapter({', '.join(parts)})"
 
     def __len__(self) -> int:
         return int(self._rows.shape[0])
@@ -193,8 +204,8 @@ class TeacherAdapter:
         bad = (index < 0) | (index >= len(self))
         if self._samples is not None:
             ordered, rows = self._samples
-            place = torch.searchsorted(ordered, index.cpu()).clamp(max=len(ordered) - 1)
-            row, bad = rows[place], ordered[place] != index.cpu()
+            position = torch.searchsorted(ordered, index.cpu()).clamp(max=len(ordered) - 1)
+            row, bad = rows[position], ordered[position] != index.cpu()
         if bool(bad.any()):
             raise IndexError(
                 f"index must name samples of the teacher, which has {len(self)} rows: {int(bad.sum())} of {len(index)} are "
@@ -206,18 +217,34 @@ class TeacherAdapter:
         """Features (n, D_E) of captions that have no index (streams), through the same normalisation and PCA."""
         if self._encode is None:
             raise ValueError("encode needs a teacher made by TeacherAdapter.from_encoder: a file or a tensor has no encoder")
-        rows = torch.from_numpy(call_encoder(self._encode, check.strings("captions", captions))).float()
+        texts = check.strings("captions", captions)
+        if not texts:
+            return torch.zeros((0, self.dim), dtype=torch.float32, device="cpu")
+        rows = torch.from_numpy(call_encoder(self._encode, texts, int(self._rows.shape[1]))).float()
         return self._project(torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows)
 
     def _project(self, rows: Tensor) -> Tensor:
         return rows.float() if self.pca is None else self.pca(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The frozen PCA; the rows stay where they are."""
-        return {} if self.pca is None else {"mean": self.pca.mean, "components": self.pca.components}
+        """The frozen PCA, None for its width where there is none; the rows stay where they are."""
+        if self.pca is None:
+            return {"format": 1, "dim": None, "normalize": self.normalize}
+        pca = {"mean": self.pca.mean, "components": self.pca.components}
+        return {"format": 1, "dim": self.dim, "normalize": self.normalize, **pca}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a frozen PCA; raises ValueError if it is of another width."""
-        if state and state["mean"].shape[0] != self._rows.shape[1]:
-            raise ValueError(f"state_dict is of width {state['mean'].shape[0]}, this teacher's rows of {self._rows.shape[1]}")
-        self.pca = PCA(state["mean"], state["components"]) if state else None
+        """Take over a frozen PCA.
+
+        Raises:
+            ValueError: a PCA of another width, or of rows that were normalised where these are not.
+            TypeError: a PCA that is not of floats.
+        """
+        if check.state_format("TeacherAdapter", state) > 0:
+            check.state_matches("TeacherAdapter", state, {"normalize": self.normalize})
+            check.state_has("TeacherAdapter", state, ["dim"])
+        if state.get("dim", state.get("mean")) is None:  # 0.6 saved a PCA alone, and nothing where there was none
+            self.pca = None
+        else:
+            device = self._rows.device if isinstance(self._rows, Tensor) else torch.device("cpu")
+            self.pca = pca_from_state("TeacherAdapter", state, self._rows.shape[1], device)

@@ -1,9 +1,21 @@
 """Principal components of a teacher's features, fitted once and frozen."""
 
-from collections.abc import Iterable
+import errno
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .. import _checks as check
+from .files import locked, write_atomically
+
+UNREADABLE = (FileNotFoundError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile)
 
 
 class PCA:
@@ -12,31 +24,97 @@ class PCA:
     .. math::
         y = (x - \mu) W, \qquad W = \text{top eigenvectors of } \mathrm{Cov}(x)
 
+    **Use it when:** a teacher is wide: the paper clusters RoBERTa's features in 64 dimensions.
+    **Not when:** the teacher is narrow already, and its own width loses nothing.
+    **Related:** :class:`~protoclip_losses.TeacherAdapter` fits one where ``dim`` is given, and saves it.
+
     Args:
         mean: (D_E,) float32.
         components: (D_E, dim) float32, columns of unit length, largest variance first.
+
+    Raises:
+        ValueError: a mean and components that do not fit each other.
+
+    Example:
+        >>> from protoclip_losses.teachers import PCA
+        >>> x = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+        >>> pca = PCA.fit([x], dim=2)
+        >>> pca, pca(x).shape
+        (PCA(6 -> 2), torch.Size([100, 2]))
+
+    Source:
+        ProtoCLIP section IV-A, https://arxiv.org/abs/2206.10996.
     """
 
     def __init__(self, mean: Tensor, components: Tensor) -> None:
+        check.matrix("components", components)
+        if mean.shape != components.shape[:1]:
+            raise ValueError(f"mean must have shape ({len(components)},) as components has rows, got {check.shape(mean)}")
         self.mean, self.components = mean, components
+
+    def __repr__(self) -> str:
+        return f"PCA({self.components.shape[0]} -> {self.components.shape[1]})"
 
     @classmethod
     def fit(cls, blocks: Iterable[Tensor], dim: int) -> "PCA":
-        """Fit on blocks of rows (n, D_E), read once, sums in float64. Each direction's largest entry is made positive."""
-        count, total, second = 0, torch.zeros(()), torch.zeros(())
+        """Fit on blocks of rows (n, D_E), read once, sums in float64. Each direction's largest entry is made positive.
+
+        Raises:
+            ValueError: no rows, or ``dim`` larger than their width.
+        """
+        count = 0
         for block in blocks:
-            wide = block.double()
+            # Moments in float64 and eigenvectors: MPS has neither.
+            rows = (block.cpu() if block.device.type == "mps" else block).double()
             if count == 0:
-                origin = wide.mean(0)  # moments about a point near the mean: no cancellation for features far from 0
-            wide = wide - origin
-            count, total, second = count + len(wide), total + wide.sum(0), second + wide.T @ wide
+                device, origin = block.device, rows.mean(0)  # moments about it: no cancellation for features far from 0
+                total, second = origin.new_zeros(len(origin)), origin.new_zeros(len(origin), len(origin))
+            rows = rows - origin
+            count, total, second = count + len(rows), total + rows.sum(0), second + rows.T @ rows
+        if count == 0:
+            raise ValueError("blocks must hold at least one row, got none")
+        if dim > len(origin):
+            raise ValueError(f"dim must be at most the width {len(origin)} of the rows, got {dim}")
         shift = total / count
         covariance = second / count - torch.outer(shift, shift)
         _, vectors = torch.linalg.eigh(covariance)
         components = vectors.flip(1)[:, :dim]
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))
-        return cls((origin + shift).float(), (components * largest.sign()).float().contiguous())
+        mean, components = (origin + shift).float(), (components * largest.sign()).float().contiguous()
+        return cls(mean.to(device), components.to(device))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (n, D_E) to (n, dim), float32."""
         return (x.float() - self.mean) @ self.components
+
+
+def pca_from_state(owner: str, state: Mapping[str, Any], width: int, device: torch.device) -> PCA:
+    """The PCA in a saved state, checked: one of rows of this width."""
+    check.state_has(owner, state, ("mean", "components"))
+    mean, components = state["mean"], state["components"]
+    if len(mean) != width:
+        raise ValueError(f"state_dict is of width {len(mean)}, this teacher's rows of {width}")
+    check.matrix("state_dict['components']", components, rows=width, width=state.get("dim"), of=" as mean and dim say")
+    check.finite("state_dict['components']", components)
+    return PCA(mean.to(device, copy=True), components.to(device, copy=True))
+
+
+def fit_once(fit: Callable[[], PCA], cache: Path, paths: Sequence[Path], fitted_on: Mapping[str, Any]) -> None:
+    """Fit a PCA of a cache and save it, with what it was fitted on, in the first of these files, unless one of them has it."""
+    try:
+        load_pca(paths, fitted_on)
+    except FileNotFoundError:
+        with locked(cache):  # another process may do the same
+            pca, settings = fit(), json.dumps(fitted_on)
+            arrays = pca.mean.numpy(), pca.components.numpy()
+            write_atomically(paths[0], lambda file: np.savez(file, mean=arrays[0], components=arrays[1], of=settings))
+
+
+def load_pca(paths: Sequence[Path], fitted_on: Mapping[str, Any]) -> PCA:
+    """The PCA in the first of these files that was fitted on this; FileNotFoundError if there is none."""
+    for path in paths:
+        # A file that is cut short is as good as none: the PCA is fitted again.
+        with suppress(*UNREADABLE), np.load(path, allow_pickle=False) as saved:
+            if json.loads(str(saved["of"])) == fitted_on:
+                return PCA(torch.from_numpy(saved["mean"]), torch.from_numpy(saved["components"]))
+    raise FileNotFoundError(errno.ENOENT, "no PCA that was fitted on these captions", str(paths[0]))

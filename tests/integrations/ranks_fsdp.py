@@ -1,20 +1,19 @@
 """FSDP2 on gloo: sharded parameters, each with its part of the gradient of one process."""
 
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 from cases import assert_near
-from ranks import own_rows
-from torch.distributed.device_mesh import init_device_mesh
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from host_own_loop import Clip
 from host_pairs import PicturePairs
+from rank_cases import rank_case
+from ranks import own_rows
+from torch.distributed.device_mesh import init_device_mesh
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, ProjectionHead, ProtoLoss
 
 SHARES = [5, 9]
+if torch.__version__ < "2.6":
+    pytest.skip("FSDP2 has its public name since torch 2.6", allow_module_level=True)
 
 
 def new_model():
@@ -37,6 +36,7 @@ def step(model, index, images, texts, **options):
     loss(**model(images, texts), index=index).backward()
 
 
+@rank_case(world_sizes=(2,))
 def sharded_gradients_are_those_of_one_process(rank, world_size, folder):
     from torch.distributed.fsdp import fully_shard
 
@@ -51,6 +51,3 @@ def sharded_gradients_are_those_of_one_process(rank, world_size, folder):
     wanted = {name: p.grad for name, p in whole.named_parameters()}
     for name, p in model.named_parameters():
         assert_near(p.grad.full_tensor(), wanted[name], 1e-4)
-
-
-CASES = [sharded_gradients_are_those_of_one_process]

@@ -3,6 +3,7 @@
 import dense
 import torch
 from cases import assert_near, integers, leaf, unit
+from rank_cases import rank_case
 from ranks import everyone
 
 from protoclip_losses.episodes import extract
@@ -11,6 +12,7 @@ from protoclip_losses.integrations.protoclip import ClipLoss, ProtoLoss, gather_
 B = 5
 
 
+@rank_case(world_sizes=(2, 4))
 def gradients_after_averaging_are_those_of_one_process(rank, world_size, folder):
     whole = [leaf(unit(B * world_size, 6, seed)) for seed in (1, 2)]
     P, C, labels = unit(4, 6, 3), unit(4, 9, 4), integers(4, B * world_size)
@@ -31,6 +33,7 @@ def gradients_after_averaging_are_those_of_one_process(rank, world_size, folder)
         assert_near(own.grad / world_size, x.grad[rank * B : (rank + 1) * B])
 
 
+@rank_case(world_sizes=(2, 4))
 def extraction_takes_the_buffers_of_the_first_rank(rank, world_size, folder):
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)).train()
     model[1].eval()
@@ -44,6 +47,3 @@ def extraction_takes_the_buffers_of_the_first_rank(rank, world_size, folder):
     assert torch.equal(torch.get_rng_state(), state)
     assert bank.index.tolist() == [4 * rank + i for i in range(4)]
     assert (everyone(model[0].running_mean) == 1).all()
-
-
-CASES = [gradients_after_averaging_are_those_of_one_process, extraction_takes_the_buffers_of_the_first_rank]

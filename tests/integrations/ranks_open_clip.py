@@ -2,11 +2,16 @@
 
 import argparse
 
+import pytest
+
+pytest.importorskip("open_clip")
+pytest.importorskip("pandas")
 import torch
 import torch.distributed as dist
 from cases import assert_near, leaf, unit
-from integrations.open_clip_step import add_tiny_model, one_step, triples
 from open_clip import ClipLoss
+from open_clip_step import add_tiny_model, one_step, triples
+from rank_cases import rank_case
 from ranks import everyone, own_rows
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +21,7 @@ from protoclip_losses.integrations.open_clip.online import load_state, save_stat
 SHARES = [7, 9]
 
 
+@rank_case(world_sizes=(2,), own_processes=True)  # it leaves the group that torch.distributed.nn was imported with
 def a_step_of_two_processes_is_that_of_one(rank, world_size, folder):
     configs = folder / f"configs.{rank}"
     configs.mkdir()
@@ -33,6 +39,7 @@ def a_step_of_two_processes_is_that_of_one(rank, world_size, folder):
         assert_near(gradients[name], p.grad, 1e-5)
 
 
+@rank_case(world_sizes=(2,))
 def losses_with_and_without_gather_with_grad_are_open_clips(rank, world_size, folder):
     """open_clip's default, and the flags with which it is exact: values, gradients of features and of the scale."""
     features = [unit(6, 5, 10 * rank + i) for i in range(2)]
@@ -64,6 +71,7 @@ def new_online_loss():
     return loss
 
 
+@rank_case(world_sizes=(2,))
 def each_rank_goes_on_with_its_own_queue(rank, world_size, folder):
     checkpoints = folder / "checkpoints"
     args = argparse.Namespace(logs=str(folder), checkpoint_path=str(checkpoints), rank=rank, world_size=world_size)
@@ -81,10 +89,3 @@ def each_rank_goes_on_with_its_own_queue(rank, world_size, folder):
     alone = new_online_loss()
     load_state(alone, 1, args)
     assert alone.prototypes.step == 0
-
-
-CASES = [
-    losses_with_and_without_gather_with_grad_are_open_clips,
-    each_rank_goes_on_with_its_own_queue,
-    a_step_of_two_processes_is_that_of_one,  # the last, as it leaves the group that torch.distributed.nn was imported with
-]

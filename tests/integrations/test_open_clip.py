@@ -14,10 +14,8 @@ import torch
 pytest.importorskip("open_clip")
 pytest.importorskip("pandas")  # open_clip's training code needs more than open_clip does
 import open_clip
-import spawn
 from cases import assert_near
 from host_data import write_csv
-from integrations import ranks_open_clip
 from open_clip_step import add_tiny_model, one_step, triples
 from open_clip_train import main as host
 from open_clip_train.params import parse_args
@@ -325,17 +323,6 @@ def test_the_command_of_the_documentation(tmp_path, shards):
     assert losses[0] == 0
     assert losses[-1] > 0.1
     assert "proto.text.0.weight" in checkpoint(tmp_path, "run", 2)["state_dict"]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return spawn.run(["integrations.ranks_open_clip"], 2, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in ranks_open_clip.CASES])
-def test_on(ranks, case):
-    if problem := spawn.failure(case, *ranks):
-        pytest.fail(problem, pytrace=False)
 
 
 def test_the_scale_is_clamped_after_each_step(tmp_path):

@@ -3,13 +3,11 @@
 import copy
 
 import pytest
-import spawn
 import torch
 from cases import assert_near
 from host_own_loop import Clip, train
 from host_pairs import PicturePairs
 from host_practices import accumulate, grad_cache, lock_image_tower, sigmoid_loss, with_another_pair_loss
-from integrations import ranks_fsdp
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, ProjectionHead, ProtoLoss
 
@@ -25,11 +23,11 @@ def setting():
     for tower in ("image", "text"):
         setattr(model.proto, tower, ProjectionHead(64, 32, 64, norm="layer"))
     model.double()
-    batch = torch.arange(ROWS), pairs.pixel_values.double(), pairs.input_ids
+    batch = pairs.pixel_values.double(), pairs.input_ids, torch.arange(ROWS)
     with torch.no_grad():
-        out = model(*batch[1:])
-    bank = FeatureBank(batch[0], 32, dtype=torch.float64)
-    bank.update(batch[0], out["image_features_projected"], out["text_features_projected"])
+        out = model(*batch[:2])
+    bank = FeatureBank(batch[2], 32, dtype=torch.float64)
+    bank.update(batch[2], out["image_features_projected"], out["text_features_projected"])
     return model, batch, EpisodicClusterer(4).build(bank)
 
 
@@ -48,7 +46,7 @@ def gradients(setting, step):
 
 def plain(loss, batch):
     def step(model):
-        index, images, texts = batch
+        images, texts, index = batch
         loss(**model(images, texts), index=index).backward()
 
     return step
@@ -84,7 +82,7 @@ def test_accumulation_is_the_whole_batch_for_prototype_terms_alone(setting):
 
 
 def test_another_pair_loss(setting):
-    _, images, texts = setting[1]
+    images, texts, _ = setting[1]
     got = gradients(setting, lambda m: with_another_pair_loss(m, sigmoid_loss, loss_of(setting, w_clip=0.0), setting[1]))
     terms = gradients(setting, plain(loss_of(setting, w_clip=0.0), setting[1]))
 
@@ -116,15 +114,3 @@ def test_a_loop_of_ones_own(capsys):
     assert len(losses) == 6
     assert sum(losses[-2:]) < sum(losses[:2])
     assert capsys.readouterr().out.count("episode") == 3
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return spawn.run(["integrations.ranks_fsdp"], 2, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 has its public name since torch 2.6")
-@pytest.mark.parametrize("case", [case.__name__ for case in ranks_fsdp.CASES])
-def test_on(ranks, case):
-    if problem := spawn.failure(case, *ranks):
-        pytest.fail(problem, pytrace=False)

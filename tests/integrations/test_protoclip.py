@@ -2,10 +2,8 @@
 
 import dense
 import pytest
-import spawn
 import torch
 from cases import assert_near, integers, leaf, unit
-from integrations import ranks_hosts
 
 from protoclip_losses.integrations.protoclip import ClipLoss, ProtoLoss, gather_features
 
@@ -75,17 +73,6 @@ def test_errors_name_the_keyword(wrong):
         temperature, message = float("nan"), "teacher_temperature must be positive and finite"
     with pytest.raises(ValueError, match=message):
         call(ProtoLoss(), h, P, C, 10.0, temperature, a)
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}_processes")
-def ranks(request, tmp_path_factory):
-    return spawn.run(["integrations.ranks_hosts"], request.param, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in ranks_hosts.CASES])
-def test_on(ranks, case):
-    if problem := spawn.failure(case, *ranks):
-        pytest.fail(problem, pytrace=False)
 
 
 @pytest.mark.parametrize("temperature", [-1, 0.1])

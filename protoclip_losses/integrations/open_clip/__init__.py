@@ -1,4 +1,4 @@
-"""open_clip 3.3: its own trainer with ProtoLoss in place of its loss; run it with ``python -m``."""
+"""open_clip 3.3: its own trainer with ProtoLoss instead of its loss; run it with ``python -m``."""
 
 from .arguments import parse_arguments
 from .launcher import Launcher, main

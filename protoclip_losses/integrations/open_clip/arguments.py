@@ -1,4 +1,4 @@
-"""The launcher's own arguments, which start with ``--proto-``; the rest are open_clip's."""
+"""The launcher's own arguments, which start with ``--proto-``; all others are open_clip's."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     """The ``--proto-`` arguments, and the rest, which is open_clip's."""
     p = argparse.ArgumentParser(
         "python -m protoclip_losses.integrations.open_clip",
-        description="open_clip_train.main with ProtoLoss in place of its loss. All other arguments are those of open_clip.",
+        description="open_clip_train.main with ProtoLoss instead of its own loss. All other arguments are those of open_clip.",
         allow_abbrev=False,
     )
     p.add_argument("--proto-weight", type=float, default=1.0, help="of the prototype terms; 0: the run of open_clip, bit for bit")
@@ -50,5 +50,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     args = require("open_clip_train.params", "open-clip").parse_args(rest)
     for refused in ("horovod", "trace", "torchscript", "distill_model"):
         if getattr(args, refused):
-            p.error(f"--{refused.replace('_', '-')} does not go together with ProtoLoss")
+            p.error(f"--{refused.replace('_', '-')} cannot be combined with ProtoLoss")
     return options, rest

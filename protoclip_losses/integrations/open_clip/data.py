@@ -14,7 +14,7 @@ from ...episodes import WithIndex
 
 
 class IndexedBatches:
-    """A loader of (images, texts, index) as open_clip's loop wants it, (images, texts); keeps the indices of the last step."""
+    """A loader of (images, texts, index) that yields (images, texts), as open_clip's loop expects, and keeps the last indices."""
 
     def __init__(self, loader: Any, extraction: Any, like: Any, batches_per_step: int) -> None:
         self.loader, self.extraction = loader, extraction
@@ -27,7 +27,7 @@ class IndexedBatches:
             yield images, texts
 
     def index(self) -> Tensor:
-        """Samples of the batches that this step's loss is called on."""
+        """Sample indices of the batches of this step."""
         return torch.cat(tuple(self._recent))
 
 
@@ -39,7 +39,7 @@ def number_samples(info: Any, seed: int, batches_per_step: int) -> Any:
         table = WithIndex(loader.dataset)
         options = {"num_workers": loader.num_workers, "pin_memory": loader.pin_memory}
         training = DataLoader(table, batch_sampler=loader.batch_sampler, **options)
-        # open_clip drops the last batch; which samples are in it is not known before training has drawn them all.
+        # open_clip drops the last batch, and which samples are in it is known only after training has drawn them all.
         own = info.sampler if isinstance(info.sampler, DistributedSampler) else None
         extraction = DataLoader(table, batch_size=loader.batch_size, sampler=own, **options)
     else:
@@ -47,7 +47,7 @@ def number_samples(info: Any, seed: int, batches_per_step: int) -> Any:
         wds = data.wds
         stages = loader.pipeline[0].dataset.pipeline
         names = [getattr(getattr(stage, "f", None), "__name__", "") for stage in stages]
-        # Extraction and training have to see the same samples of the epoch, and this stage is seeded by the clock.
+        # Extraction and training must see the same samples of the epoch, and this stage is seeded by the clock.
         at = names.index("_shuffle")
         stages[at] = data.detshuffle2(**stages[at].kw, seed=seed, epoch=info.shared_epoch)
         at = names.index("_to_tuple")

@@ -1,10 +1,10 @@
-"""open_clip 3.3: its own trainer with ProtoLoss in place of its loss.
+"""The launcher: open_clip 3.3's own trainer with ProtoLoss.
 
     python -m protoclip_losses.integrations.open_clip --proto-num-prototypes 20000 ARGUMENTS OF open_clip_train.main
 
 An epoch of open_clip is an episode: before it, one pass over the epoch's samples in eval mode, K-means and back translation.
-With ``--proto-online`` there are no episodes: prototypes come from a queue of recent features, and the data stay as they are.
-open_clip's package is not changed; four functions that its ``main`` calls are replaced while it runs.
+With ``--proto-online`` there are no episodes: prototypes come from a queue of recent features, and the data pipeline is
+unchanged. open_clip's package is not modified; four functions that its ``main`` calls are replaced while it runs.
 """
 
 import argparse
@@ -29,7 +29,11 @@ from .online import load_state, online_prototypes, save_state
 
 
 class Launcher:
-    """What takes the place of four functions of ``open_clip_train.main``, each of which calls the original.
+    """Replacements for four functions of ``open_clip_train.main``, each of which calls the original.
+
+    **Use it when:** you start open_clip's trainer from Python; from a shell, ``python -m`` runs this package.
+    **Not when:** you have a loop of your own: :func:`add_heads` and :class:`~protoclip_losses.ProtoLoss` are enough.
+    **Related:** :class:`OpenClipLoss`, :func:`parse_arguments`.
 
     Args:
         options: the ``--proto-`` arguments, as :func:`parse_arguments` returns them.
@@ -49,7 +53,7 @@ class Launcher:
         model, *transforms = self.original["create_model_and_transforms"](*args, **kwargs)
         o = self.options
         add_heads(model, o.proto_head_dim, o.proto_head_hidden_dim, o.proto_head_norm)
-        # Without terms not even their zeros: one more zero in the norm of all gradients can change its rounding.
+        # Without terms, no zero gradients either: one more zero in the norm of all gradients can change its rounding.
         model.proto.requires_grad_(self.has_terms)
         return model, *transforms
 
@@ -63,7 +67,7 @@ class Launcher:
         return data
 
     def create_loss(self, args: Any) -> OpenClipLoss:
-        """ProtoLoss. open_clip's own loss computes the contrastive part where it is asked to, and where it is all there is."""
+        """ProtoLoss. open_clip's own loss computes the contrastive part if it is asked to, or if there is no other part."""
         o = self.options
         keep = o.proto_keep_loss or args.siglip or not self.has_terms
         proto = ProtoLoss(
@@ -88,7 +92,7 @@ class Launcher:
         args: Any,
         tb_writer: Any = None,
     ) -> None:
-        """One episode: prototypes, then open_clip's own pass over the same samples. Or online, that pass alone."""
+        """One episode: prototypes, then open_clip's own pass over the same samples. In online mode that pass alone."""
         module = getattr(model, "_orig_mod", model)  # of torch.compile, and below it DDP
         module = getattr(module, "module", module)
         online = self.has_terms and self.options.proto_online

@@ -1,4 +1,4 @@
-"""What open_clip's model and its loss become: heads beside the towers, and ProtoLoss behind open_clip's way to call a loss."""
+"""Projection heads for open_clip's models, and ProtoLoss with the signature of open_clip's losses."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .data import IndexedBatches
 
 
 class _Projected:
-    """Goes before CLIP or CustomTextCLIP among a model's classes: the same forward, and the heads' outputs."""
+    """A mixin before CLIP or CustomTextCLIP: the same forward, with the heads' outputs added."""
 
     def forward(self: Any, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
         z = [None if image is None else self.encode_image(image), None if text is None else self.encode_text(text)]
@@ -46,15 +46,19 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
 class OpenClipLoss(nn.Module):
     """ProtoLoss as open_clip's loop calls a loss: with the model's outputs by name, and no index.
 
+    **Use it when:** open_clip's training loop calls the loss.
+    **Not when:** your own loop does: call :class:`~protoclip_losses.ProtoLoss`.
+    **Related:** :func:`add_heads`, :class:`Launcher`.
+
     Args:
-        proto: the objective; of weight ``w_clip=0`` if ``pair`` is given.
-        pair: open_clip's own loss, if it is to stay.
+        proto: the objective; with ``w_clip=0`` if ``pair`` is given.
+        pair: open_clip's own loss, which then computes the contrastive part.
     """
 
     def __init__(self, proto: ProtoLoss, pair: nn.Module | None = None) -> None:
         super().__init__()
         self.proto, self.pair = proto, pair
-        self.batches: IndexedBatches | None = None  # set for an epoch that has prototypes of an episode
+        self.batches: IndexedBatches | None = None  # set for an epoch with an episode's prototypes
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = True, **outputs: Any

@@ -1,4 +1,4 @@
-"""Online mode under open_clip's trainer: its settings from the trainer's own, and its state beside the trainer's checkpoints."""
+"""Online mode under open_clip's trainer: settings from the trainer's own, and state saved with the trainer's checkpoints."""
 
 import argparse
 import logging
@@ -14,13 +14,13 @@ from ...prototypes import OnlinePrototypes
 
 
 def online_prototypes(options: argparse.Namespace, loader: Any, args: Any) -> OnlinePrototypes:
-    """Those that ``options`` ask for; what they leave open follows from the size of a step and of an epoch."""
+    """Online prototypes by the options; what they leave open follows from the sizes of a step and of an epoch."""
     samples = args.batch_size * args.accum_freq * args.world_size  # of a step
     steps = loader.num_batches // args.accum_freq  # of an epoch
     number = options.proto_num_prototypes or max(1, min(20_000, loader.num_samples // 10))
     queue_size = options.proto_queue_size or 10 * number
     every = options.proto_every or max(1, queue_size // samples)
-    # No fewer than it takes to have a sample for each prototype.
+    # At least the steps that yield a sample for each prototype.
     warmup = options.proto_warmup_steps or max(options.proto_warmup_epochs * steps, -(-number // samples))
     settings = {"calls_per_step": args.accum_freq, "niter": options.proto_niter, "seed": args.seed}
     return OnlinePrototypes(number, queue_size, every, warmup, **settings)
@@ -32,9 +32,9 @@ def _file(folder: Path, epoch: int, args: Any) -> Path:
 
 
 def save_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
-    """Write this rank's state after ``epoch`` epochs beside open_clip's checkpoints, and drop those whose checkpoint is gone.
+    """Write this rank's state after ``epoch`` epochs next to open_clip's checkpoints; delete states whose checkpoint is gone.
 
-    open_clip writes its own on the first rank, after this: the state of the epoch before stays, for a run killed in between.
+    open_clip writes its checkpoint on the first rank, after this: the previous epoch's state stays, for a run killed in between.
     """
     if not args.logs or args.logs.lower() == "none":
         return
@@ -50,14 +50,14 @@ def save_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
 
 
 def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
-    """Go on with the state beside the checkpoint that is resumed; where a rank has none, all begin anew."""
+    """Resume from the state that was saved with the checkpoint; unless every rank has one, all start with an empty queue."""
     if not args.resume or not epoch:
         return
     file = _file(Path(args.resume).parent, epoch, args)
     if all(gather_sizes(int(file.exists()), active_group(None))):
-        assert isinstance(loss.prototypes, OnlinePrototypes)
         state = torch.load(file, map_location="cpu", weights_only=True)
-        loss.prototypes.load_state_dict(state["online"])  # raises where the settings are others
+        assert loss.prototypes is not None  # the launcher has set those of its options
+        loss.prototypes.load_state_dict(state.get("prototypes") or state["online"])  # raises if the settings are others
         loss.set_extra_state(state)
     else:
         logging.warning(f"No {file} on every process: the queue begins empty, and prototypes after its warm-up")

@@ -1,0 +1,180 @@
+"""One run of the comparison: the single training loop that all arms share."""
+
+import os
+
+# Threads that spin while they wait slow down every other process of the machine; read when torch starts them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from encoders import DualEncoder, WordHash, build_model, minilm_encoder
+from torch import Tensor
+from train_cc3m import learning_rate, parameter_groups
+
+from protoclip_losses import EpisodeSampler, EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss, TeacherAdapter
+
+from .arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
+from .emoji_styles import load, splits
+from .metrics import Evaluation
+
+EXTRACTION, TRAINING = 0, 1  # phases of a pass, each with its own random augmentation
+PROJECTION = 128  # width of the projected features and of the teacher's features
+WORDS = 16  # captions are truncated to this length; nine of ten are not longer
+
+
+def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]:
+    """Train, and yield a row of metrics after each pass where :func:`is_evaluated`; the last row holds the full set."""
+    pairs = load(data)
+    rows = splits(pairs)
+    train_pairs = pairs.subset(rows["train"])
+    captions = list(train_pairs.captions) if settings.captions == "own" else shuffled_captions(train_pairs)
+    chosen = one_each(train_pairs) if settings.drawings == "one" else torch.arange(len(train_pairs))
+    pool = train_pairs.subset(chosen)
+    model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
+    inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
+    # bfloat16 makes the convolutions twice as fast but not the text encoder; the losses are in float32.
+    model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
+    tokens = inputs.tokenize(captions)[chosen]
+    evaluation = Evaluation(pairs, rows, inputs, settings.judged_on)
+    if settings.passes == 0:
+        yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
+        return
+    wants_teacher = settings.w_external > 0 or settings.distill != "none"
+    teachers = {"minilm": TeacherAdapter.from_tensor(load_teacher(captions, data)[chosen])} if wants_teacher else {}
+    uses_heads = settings.method != "clip" or settings.distill != "none"
+
+    width = 2 * PROJECTION if settings.gap else PROJECTION
+    steps_per_pass = -(-len(pool) // settings.batch_size)
+    loss = ProtoLoss(
+        w_proto=settings.w_proto,
+        w_external=settings.w_external,
+        target_temperature=settings.target_temperature,
+        external_target_temperature=settings.external_target_temperature,
+        back_translation=settings.back_translation,
+        normalize_prototypes=settings.normalize_prototypes,
+    )
+    loss.set_prototypes(None)
+    if settings.method == "online":
+        warmup = settings.warmup_passes * steps_per_pass
+        every = settings.cluster_every * steps_per_pass
+        loss.set_prototypes(OnlinePrototypes(settings.num_prototypes, len(pool), every, warmup, seed=seed))
+    clusterer = EpisodicClusterer(settings.num_prototypes, seed=seed)
+    sampler = EpisodeSampler(len(pool), len(pool), seed=seed, episodes=settings.passes)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, fused=True)
+    clock, step, schedule = Clock(), 0, Schedule(settings)
+    bank: FeatureBank | None = None
+
+    for episode in sampler:
+        batches = torch.split(episode.index, settings.batch_size)
+        with_prototypes = schedule.with_prototypes(episode.number)
+        if settings.method == "episodic" and not with_prototypes:
+            loss.set_prototypes(None)
+        elif settings.method == "episodic" and schedule.clusters(episode.number):
+            if settings.features == "extracted":
+                with clock.stage("extraction"), torch.no_grad():
+                    model.eval()
+                    bank = FeatureBank(episode.index, width)
+                    for index in batches:
+                        crops = inputs.augment(pool.pictures[index], index, seed, episode.number, EXTRACTION)
+                        out = encode(model, crops, tokens[index], True, settings.gap)
+                        bank.update(index, out["image_features_projected"], out["text_features_projected"])
+            assert bank is not None
+            with clock.stage("clustering"):
+                external = teachers if settings.w_external else {}
+                prototypes = clusterer.build(bank, external)
+                loss.set_prototypes(prototypes)
+            assert prototypes.report is not None
+            clock.cpu["back_translation"] += prototypes.report.seconds["back_translate"]
+
+        model.train()
+        if settings.features == "training":
+            bank = FeatureBank(episode.index, width)
+        with clock.stage("training"):
+            for index in batches:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, settings.passes * steps_per_pass, settings)  # type: ignore[arg-type]
+                crops = inputs.augment(pool.pictures[index], index, seed, episode.number, TRAINING)
+                out = encode(model, crops, tokens[index], uses_heads, settings.gap)
+                with clock.stage("loss"):
+                    if settings.method == "online":
+                        seen = {name: teacher[index] for name, teacher in teachers.items() if settings.w_external}
+                        total = loss(**out, teacher_features=seen)
+                    else:
+                        total = loss(**out, index=index)
+                    if settings.distill != "none":
+                        total = total + settings.w_distill * distillation(out, teachers["minilm"][index], settings)
+                optimizer.zero_grad(set_to_none=True)
+                total.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+                optimizer.step()
+                model.clamp_scales()
+                step += 1
+                if settings.features == "training" and bank is not None:
+                    bank.update(index, out["image_features_projected"], out["text_features_projected"])
+
+        row = {"pass": episode.number + 1, "samples": (episode.number + 1) * len(pool), **clock.columns()}
+        if is_evaluated(episode.number + 1, settings.passes):
+            row |= evaluation.quick(model)
+            if episode.number + 1 == settings.passes:
+                row |= evaluation.full(model)
+            yield row
+
+
+def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: float) -> dict[str, Tensor]:
+    """The arguments of the loss; plain CLIP does not compute the heads."""
+    image, text = (z.float() for z in model.encode(crops, tokens))
+    out = {
+        "image_features": F.normalize(image, dim=1),
+        "text_features": F.normalize(text, dim=1),
+        "logit_scale": model.logit_scale.exp(),
+    }
+    if heads:
+        out |= {
+            "image_features_projected": F.normalize(model.image_head(image), dim=1),
+            "text_features_projected": F.normalize(model.text_head(text), dim=1),
+            "logit_scale_proto": model.logit_scale_proto.exp(),
+        }
+    return apart(out, gap) if gap else out
+
+
+def load_teacher(captions: list[str], data: Path) -> TeacherAdapter:
+    """MiniLM's features of the training captions: encoded on the first call, then cached in the folder of `data`."""
+    cache = data.with_name("minilm.npy")
+    encoder = minilm_encoder(torch.device("cpu")) if not cache.exists() else _no_encoder
+    return TeacherAdapter.from_encoder(encoder, captions, cache=cache, dim=PROJECTION)
+
+
+def _no_encoder(captions: list[str]) -> Tensor:
+    raise SystemExit("minilm.npy must hold a feature for every training caption: delete it and start again")
+
+
+class Clock:
+    """Wall and CPU seconds of this process by stage; on a shared machine only CPU time is comparable between runs."""
+
+    def __init__(self) -> None:
+        self.wall: defaultdict[str, float] = defaultdict(float)
+        self.cpu: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[name] += time.perf_counter() - wall
+        self.cpu[name] += time.process_time() - cpu
+
+    def columns(self) -> dict[str, float]:
+        # Not summed: the loss is part of training, and back translation is part of clustering.
+        stages = ("extraction", "clustering", "training")
+        return {
+            "wall_s": sum(self.wall[stage] for stage in stages),
+            "cpu_s": sum(self.cpu[stage] for stage in stages),
+            **{f"cpu_{stage}_s": self.cpu[stage] for stage in (*stages, "back_translation", "loss")},
+        }

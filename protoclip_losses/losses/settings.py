@@ -1,0 +1,59 @@
+"""The settings of the objective."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+from .. import _checks as check
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What :class:`ProtoLoss` was constructed with; see there."""
+
+    w_clip: float
+    w_proto: float
+    w_external: float | Mapping[str, float]
+    target_temperature: float | None
+    external_target_temperature: float | None
+    back_translation: bool
+    normalize_prototypes: bool
+    gather_with_grad: bool
+    chunk_size: int | None
+    check_values: bool | None
+
+    def __post_init__(self) -> None:
+        external = self.w_external
+        weights = {"w_clip": self.w_clip, "w_proto": self.w_proto}
+        weights |= (
+            {f"w_external[{k!r}]": v for k, v in external.items()} if isinstance(external, Mapping) else {"w_external": external}
+        )
+        for name, weight in weights.items():
+            check.weight(name, weight)
+        check.chunk_rows(self.chunk_size)
+        for name in ("target_temperature", "external_target_temperature"):
+            object.__setattr__(self, name, check.optional_temperature(name, getattr(self, name)))
+
+    @cached_property
+    def signature(self) -> str:
+        """The settings that must be equal on all ranks; blocks and checks may differ."""
+        return replace(self, chunk_size=None, check_values=None).as_arguments()
+
+    def as_arguments(self) -> str:
+        """The settings as they are written in a constructor call."""
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+
+    def weight_of(self, teacher: str, *, is_external: bool) -> float:
+        """The weight of all terms of a teacher."""
+        if not is_external:
+            return self.w_proto
+        if not isinstance(self.w_external, Mapping):
+            return self.w_external
+        if teacher not in self.w_external:
+            raise ValueError(f"w_external must have a weight for teacher {teacher!r}, got weights for {sorted(self.w_external)}")
+        return self.w_external[teacher]
+
+    def check_teachers(self, external: set[str]) -> None:
+        """Raise ValueError if a weight is given for a teacher that is not among these."""
+        if isinstance(self.w_external, Mapping) and (unknown := self.w_external.keys() - external):
+            raise ValueError(f"w_external must name external teachers, which are {sorted(external)}, got {sorted(unknown)}")

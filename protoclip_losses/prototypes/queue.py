@@ -1,0 +1,79 @@
+"""The queue of recent features that online prototypes are computed from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import RankRows
+
+
+class FeatureQueue:
+    """A ring buffer of the most recent samples: this rank's share of ``size`` samples of all ranks.
+
+    Attributes:
+        features: (capacity, D) float32 by name, on the device of the last batch; empty before the first.
+        sample_number: (capacity,) int64, the number of each row's sample in the run over all ranks; -1 where there is none.
+        step_added: (capacity,) int64, the step in which the row was written; -1 where there is none.
+        seen: samples pushed so far, over all ranks.
+        cursor: the row that is written next.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.features: dict[str, Tensor] = {}
+        self.sample_number, self.step_added = torch.empty((2, 0), dtype=torch.int64, device="cpu").unbind()
+        self.seen = self.cursor = 0
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of the features by name."""
+        return {name: x.shape[1] for name, x in self.features.items()}
+
+    def push(self, features: Mapping[str, Tensor], ranks: RankRows, step: int) -> None:
+        """Write a batch over the oldest rows."""
+        capacity = -(-self.size // ranks.world_size)
+        count = ranks.own.stop - ranks.own.start
+        number = self.seen + torch.arange(ranks.own.start, ranks.own.stop, device="cpu")
+        self.seen += ranks.total
+        row = (self.cursor + torch.arange(count, device="cpu")) % capacity
+        self.cursor = (self.cursor + count) % capacity
+        last = slice(max(0, count - capacity), count)
+        if not self.features:
+            self.features = {k: x.new_zeros((capacity, x.shape[1]), dtype=torch.float32) for k, x in features.items()}
+            self.sample_number, self.step_added = torch.full((2, capacity), -1, device="cpu").unbind()
+        for name, x in features.items():
+            queue = self.features[name] = self.features[name].to(x.device)
+            queue[row[last].to(x.device)] = x[last].float()
+        self.sample_number[row[last]], self.step_added[row[last]] = number[last], step
+
+    def rows(self, mask: Tensor) -> dict[str, Tensor]:
+        """The features of the rows in ``mask`` (capacity,)."""
+        return {name: x[mask.to(x.device)] for name, x in self.features.items()}
+
+    def written(self) -> Tensor:
+        """Which rows hold a sample."""
+        return self.sample_number >= 0
+
+    def due(self, step: int, every: int) -> Tensor:
+        """Which earlier rows are assigned in this step: each row once in ``every`` steps."""
+        age = step - self.step_added
+        return self.written() & (age > 0) & (age % every == 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        names = ("sample_number", "step_added", "seen", "cursor")
+        return {"queue": dict(self.features), **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def from_state_dict(cls, size: int, state: Mapping[str, Any]) -> "FeatureQueue":
+        """The queue of a saved state of today or of 0.6."""
+        if "_queue" in state:
+            names = {"queue": "_queue", "sample_number": "_number", "step_added": "_came", "cursor": "_cursor"}
+            state = {**state, **{new: state[old] for new, old in names.items()}}
+        self = cls(size)
+        self.features = {name: x.clone() for name, x in state["queue"].items()}
+        self.sample_number, self.step_added = state["sample_number"].clone(), state["step_added"].clone()
+        self.seen, self.cursor = state["seen"], state["cursor"]
+        return self

@@ -1,0 +1,216 @@
+"""What a prototype term is made of, and the interface through which ProtoLoss gets it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..distributed import RankRows
+
+Pair = tuple[str, str]  # (student, teacher)
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A teacher's clustering: K centroids, and the label of each sample if labels are stored.
+
+    Attributes:
+        centroids: (K, Dt) in the teacher's space.
+        labels: (N,) int64, -1 where the teacher's features were not finite; None in online mode, where the label of a sample is
+            the centroid nearest to its feature.
+    """
+
+    centroids: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check.matrix("centroids", self.centroids)
+        if self.labels is not None:
+            check.integers("labels", self.labels)
+            num = self.centroids.shape[0]
+            check.label_range("labels", self.labels.where(self.labels != -1, 0), num, " or be -1")
+
+    def to(self, device: torch.device | str) -> "Clustering":
+        """The same on another device."""
+        return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class PrototypeTerm:
+    """One (student, teacher) pair: K prototypes in the student's space, for the clusters of a teacher.
+
+    Attributes:
+        prototypes: (K, D), back-translated into the student's space; the row of a prototype that is not valid is zero.
+        valid: (K,) bool, False where the cluster has no sample with finite features of both.
+        clustering: the teacher's :class:`Clustering`.
+
+    Example:
+        >>> import torch
+        >>> clustering = Clustering(torch.eye(2), torch.tensor([0, 1, 1]))
+        >>> PrototypeTerm(torch.eye(2), torch.tensor([True, True]), clustering).labels
+        tensor([0, 1, 1])
+    """
+
+    prototypes: Tensor
+    valid: Tensor
+    clustering: Clustering
+
+    def __post_init__(self) -> None:
+        check.matrix("prototypes", self.prototypes)
+        num = self.prototypes.shape[0]
+        check.matrix("teacher_centroids", self.teacher_centroids, rows=num, of=" as prototypes")
+        check.valid_mask(self.valid, num)
+        if not bool(self.valid.any()):
+            raise ValueError("valid must leave at least one prototype, got none")
+        check.finite("prototypes", self.prototypes[self.valid])
+        check.finite("teacher_centroids", self.teacher_centroids[self.valid])
+
+    @property
+    def teacher_centroids(self) -> Tensor:
+        """(K, Dt), the centroids of the clustering."""
+        return self.clustering.centroids
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,) int64, the labels of the clustering."""
+        return self.clustering.labels
+
+
+def _accepts_form_of_0_6(init: Callable[..., None]) -> Callable[..., None]:
+    """PrototypeTerm(prototypes, teacher_centroids, labels, valid) with a FutureWarning."""
+
+    @wraps(init)
+    def wrapper(self: PrototypeTerm, prototypes: Tensor, *args: Any, **kwargs: Any) -> None:
+        if len(args) + len(kwargs) == 3:
+            check.warn_renamed(
+                "PrototypeTerm(prototypes, teacher_centroids, labels, valid)",
+                "PrototypeTerm(prototypes, valid, Clustering(centroids, labels))",
+            )
+            given = dict(zip(("teacher_centroids", "labels", "valid"), args, strict=False), **kwargs)
+            check.integers("labels", given["labels"])
+            centroids = given["teacher_centroids"]
+            check.matrix("teacher_centroids", centroids, rows=len(prototypes), of=" as prototypes")
+            args, kwargs = (given["valid"], Clustering(centroids, given["labels"])), {}
+        init(self, prototypes, *args, **kwargs)
+
+    return wrapper
+
+
+PrototypeTerm.__init__ = _accepts_form_of_0_6(PrototypeTerm.__init__)  # type: ignore[method-assign]
+
+
+class BatchFeatures(NamedTuple):
+    """Features of one batch, one row per sample.
+
+    Attributes:
+        students: projected features (B, D) by modality; each modality is a teacher of the others.
+        teachers: features (B, D_E) of external teachers by name.
+    """
+
+    students: Mapping[str, Tensor]
+    teachers: Mapping[str, Tensor]
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """All of them."""
+        return {**self.students, **self.teachers}
+
+    @property
+    def device(self) -> torch.device:
+        """The students' device, where losses are computed."""
+        return next(iter(self.students.values())).device
+
+    def check(self, image_features: Tensor) -> None:
+        """Raise if a student's features are no matrix, or of other rows or on another device than ``image_features``."""
+        for name, h in self.students.items():
+            check.matrix(f"projected features of {name!r}", h, rows=image_features.shape[0], of=" as image_features")
+            check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
+
+
+def teachers_by_name(teacher_features: Any) -> Mapping[str, Tensor]:
+    """Features of external teachers by name; 0.6 accepted a single tensor, and ignored it."""
+    if isinstance(teacher_features, Tensor):
+        check.warn_renamed("teacher_features as a single tensor", "a mapping of names to tensors")
+        return {}
+    if teacher_features is None or isinstance(teacher_features, Mapping):
+        return teacher_features or {}
+    raise TypeError(f"teacher_features must be a mapping of names to tensors, got {type(teacher_features).__name__}")
+
+
+class PrototypeSource(ABC):
+    """Where :class:`~protoclip_losses.ProtoLoss` gets terms and labels from.
+
+    **Use it when:** you write a source of your own, and subclass it with a ``kind``, the name that its saved states carry.
+    **Not when:** an episode's clustering (:class:`Prototypes`) or a queue of features (:class:`OnlinePrototypes`) will do.
+    **Related:** :class:`PrototypeTerm`, :class:`Clustering`.
+
+    Attributes:
+        terms: the :class:`PrototypeTerm` of each (student, teacher); empty while there are none, in warm-up.
+        version: changes whenever ``terms`` does.
+        needs_episodes: False if :meth:`observe` keeps the terms up to date, so that a host has nothing to cluster.
+
+    A teacher that is also a student of some term is internal; any other is external.
+    """
+
+    terms: Mapping[Pair, PrototypeTerm]
+    version: int = 0
+    needs_episodes: ClassVar[bool] = True
+    kind: ClassVar[str]
+    _kinds: ClassVar[dict[str, type["PrototypeSource"]]] = {}
+
+    def __init_subclass__(cls, kind: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.kind = kind
+        PrototypeSource._kinds[kind] = cls
+
+    @abstractmethod
+    def labels(self, features: BatchFeatures, index: Tensor | None, *, check_values: bool | None = None) -> dict[str, Tensor]:
+        """Labels (B,) int64 of a batch for each teacher, -1 for none; by sample ``index`` (B,) or by the features."""
+
+    def observe(self, features: BatchFeatures, labels: Mapping[str, Tensor], ranks: RankRows) -> None:  # noqa: B027
+        """Take in a training batch with its labels. Does nothing unless overridden: an episode's prototypes are constant."""
+
+    def signature(self) -> dict[str, object]:
+        """What must be equal on all ranks, by name."""
+        return {"prototypes": (self.kind, self.version, list(self.terms))}
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and strings, with ``"kind"`` and ``"format"``."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a saved state."""
+
+    @classmethod
+    @abstractmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "PrototypeSource":
+        """The source of a saved state, for a process that has none yet."""
+
+    @staticmethod
+    def of_state(state: Mapping[str, Any]) -> "PrototypeSource":
+        """The source of a saved state, of the class that its ``"kind"`` names."""
+        kinds = PrototypeSource._kinds
+        if state.get("kind") not in kinds:
+            raise ValueError(f"state_dict must have a kind of {', '.join(sorted(kinds))}, got {state.get('kind')!r}")
+        return kinds[state["kind"]].from_state_dict(state)
+
+    @property
+    def students(self) -> set[str]:
+        """Modalities that are trained."""
+        return {student for student, _ in self.terms}
+
+    @property
+    def external_teachers(self) -> set[str]:
+        """Teachers that are not themselves trained."""
+        return {teacher for _, teacher in self.terms} - self.students
+
+    @property
+    def clusterings(self) -> dict[str, Clustering]:
+        """The clustering of each teacher, which is the same for all its students."""
+        return {teacher: term.clustering for (_, teacher), term in self.terms.items()}

@@ -1,0 +1,49 @@
+"""What several test files need: features to work on, and Python code run in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(clusters, each, width, seed=0):
+    """Well separated groups in random order, and the group of each row."""
+    groups = torch.arange(clusters).repeat(each)[torch.randperm(clusters * each, generator=seeded(seed))]
+    centers = 10 * torch.randn(clusters, width, generator=seeded(seed + 1))
+    return centers[groups] + 0.01 * torch.randn(len(groups), width, generator=seeded(seed + 2)), groups
+
+
+def same_partition(labels, groups):
+    """Whether two labelings differ in names only."""
+    pairs = torch.stack([labels, groups]).unique(dim=1).shape[1]
+    return pairs == len(labels.unique()) == len(groups.unique())
+
+
+def child_environment(*folders):
+    """The environment of a process that imports what this one does, and from ``folders``."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in (*folders, *sys.path))}
+
+
+def python_process(code, *arguments, folders=()):
+    """A new interpreter that runs ``code`` with ``arguments`` in sys.argv."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=child_environment(*folders),
+    )
+
+
+def in_new_process(code, *arguments, folders=()):
+    """The standard output of ``code`` in a new interpreter, which must succeed and write no error."""
+    process = python_process(code, *arguments, folders=folders)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == ""
+    return out
