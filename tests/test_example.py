@@ -208,14 +208,6 @@ def test_plain_clip_needs_neither_prototypes_nor_teacher(table: str, tmp_path: P
     assert {record["proto_loss"] for record in records(tmp_path)} == {0.0}
 
 
-def test_bfloat16_on_a_cpu(table: str, tmp_path: Path) -> None:
-    """Pictures are augmented in float32; encoders and heads run under autocast, in extraction too."""
-    arguments = ["--train-data", table, *TINY, "--episodes", "2", "--lit-episodes", "0", "--precision", "bf16"]
-    run(*arguments, "--run-dir", str(tmp_path))
-    check_run_folder(tmp_path, WITHOUT_LABELS)
-    assert records(tmp_path)[-1]["proto_loss"] > 0
-
-
 def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) -> None:
     import numpy as np
 
@@ -265,3 +257,11 @@ def test_a_wrong_argument_says_what_is_wanted(arguments: list[str], message: str
     assert process.returncode in (1, 2)
     assert re.search(message, written), written[-2000:]
     assert "Traceback" not in written
+
+
+def test_bfloat16_on_a_cpu(table: str, tmp_path: Path) -> None:
+    """Pictures are augmented in float32; encoders and heads run under autocast, in extraction too."""
+    arguments = ["--train-data", table, *TINY, "--episodes", "2", "--lit-episodes", "0", "--precision", "bf16"]
+    run(*arguments, "--run-dir", str(tmp_path))
+    check_run_folder(tmp_path, WITHOUT_LABELS)
+    assert records(tmp_path)[-1]["proto_loss"] > 0
