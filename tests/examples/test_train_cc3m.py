@@ -267,3 +267,11 @@ def test_a_wrong_argument_says_what_is_wanted(arguments: list[str], message: str
     assert process.returncode in (1, 2)
     assert re.search(message, written), written[-2000:]
     assert "Traceback" not in written
+
+
+def test_bfloat16_on_a_cpu(table: str, tmp_path: Path) -> None:
+    """Pictures are augmented in float32; encoders and heads run under autocast, in extraction too."""
+    arguments = ["--train-data", table, *TINY, "--episodes", "2", "--lit-episodes", "0", "--precision", "bf16"]
+    run(*arguments, "--run-dir", str(tmp_path))
+    check_run_folder(tmp_path, WITHOUT_LABELS)
+    assert records(tmp_path)[-1]["proto_loss"] > 0
