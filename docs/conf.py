@@ -17,7 +17,9 @@ version = release = __version__
 
 extensions = [
     "svgmath",
+    "when",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
@@ -35,6 +37,7 @@ html_show_sphinx = False
 viewcode_line_numbers = True
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+autosummary_generate = False  # tables of names that a page documents itself
 autodoc_mock_imports = ["lightning", "transformers"]  # the pages of the hosts are built where no host is installed
 autodoc_inherit_docstrings = False  # torch.nn.Module's docstrings would appear under methods that we override
 autodoc_typehints = "signature"
@@ -50,9 +53,12 @@ intersphinx_mapping = inventories.write(HERE / "_build" / "inventories")
 nitpicky = True  # every name in a signature or a text has to lead somewhere; nothing is excepted
 
 # Examples in docstrings are written from inside their module, as pytest's --doctest-modules runs them.
+# What the pages show is not deprecated.
 doctest_global_setup = f"""
 import pathlib
+import warnings
 import torch
+warnings.filterwarnings("error", ".*is deprecated and goes after", FutureWarning)
 REPOSITORY = pathlib.Path({str(HERE.parent)!r})
 torch.manual_seed(0)
 from protoclip_losses import *

@@ -1,6 +1,7 @@
 """Input checks shared by every public call. Each error names the argument, what was wanted and what was given."""
 
 import math
+import operator
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,12 +71,8 @@ def valid_mask(valid: Tensor | None, num_prototypes: int) -> None:
 
 def chunk_rows(chunk_size: int | None) -> None:
     """Check the number of rows that are worked on at a time."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
+    if chunk_size is not None:
+        at_least("chunk_size", chunk_size, 1)
 
 
 def reduction(value: str) -> None:
@@ -85,12 +82,12 @@ def reduction(value: str) -> None:
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """Check a whole number given to a constructor."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Check a whole number, of Python or of NumPy; return it as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    return operator.index(value)
 
 
 def positive_int(name: str, value: int) -> int:

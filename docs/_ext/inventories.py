@@ -25,6 +25,7 @@ CLASSES = {
             f"collections.abc.{name}": "library/collections.abc.html"
             for name in ("Callable", "Iterable", "Iterator", "Mapping", "Sequence")
         },
+        "argparse.Namespace": "library/argparse.html",
         "object": "library/functions.html",
         "os.PathLike": "library/os.html",
         "pathlib.Path": "library/pathlib.html",

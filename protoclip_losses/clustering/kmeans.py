@@ -103,7 +103,7 @@ class KMeans:
     Related: :class:`EpisodicClusterer` clusters each modality of an episode and builds :class:`Prototypes`.
 
     Args:
-        num_clusters: K.
+        num_clusters: number K of clusters.
         niter: iterations, at most.
         nredo: runs from different seeds, of which the best is returned.
         backend: ``"torch"`` runs on the device of the rows and shares the work between ranks; ``"faiss"`` gathers all rows and

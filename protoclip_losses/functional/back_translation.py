@@ -22,7 +22,7 @@ def back_translate(
     Args:
         labels: (N,) int64, the teacher's cluster of each sample; rows with label -1 are left out.
         features: (N, D) the student's features.
-        num_prototypes: K.
+        num_prototypes: number K of clusters of the teacher.
         check_values: read the values to check label range and finiteness. None means on CPU in eager mode only.
 
     Returns:

@@ -9,7 +9,7 @@ from .. import _checks as check
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What :class:`ProtoLoss` was constructed with; see there."""
+    """What :class:`~protoclip_losses.ProtoLoss` was constructed with; see there."""
 
     w_clip: float
     w_proto: float

@@ -40,7 +40,7 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
     without ``index``, and external teachers come as ``teacher_features``, a mapping of name to (B, D_E).
 
     Args:
-        num_prototypes: K.
+        num_prototypes: number K of prototypes of each teacher.
         queue_size: samples kept, over all ranks together, each its own; on W ranks the prototypes are those of one process if
             all have equal numbers of rows that divide ``queue_size / W``.
         every: steps from one set of prototypes to the next.

@@ -100,19 +100,18 @@ def find_record(path: Path, texts: Sequence[str]) -> Record | None:
     0.6 gave the record of ``caps.npy`` the name ``caps.json``, which other caches and other files can have too.
     """
     name, name_of_0_6 = companion(path, ".json"), path.with_suffix(".json")
-    # Looked at in the reverse order in which another process writes them: it may be at it.
+    # In the reverse of the order in which they are written: another process may do so now.
     has_rows, old, has_record, own = path.exists(), Record.read(name_of_0_6), name.exists(), Record.read(name)
     if has_record if own is None else own.format == 0 and name != name_of_0_6:
         raise ValueError(f"{name} must be the record of the cache {path}, got another file: name the cache otherwise")
     if not has_rows or (own is not None and own.done == 0):
         return None
-    if own is not None and own.texts == strings_digest(texts):
-        return own
-    if old is not None and is_of_0_6(old, texts):
-        return old if old.done else None
-    if (own := own or old) is not None:
-        raise ValueError(f"cache {path} was made from other texts ({own.count} of them): {REMEDY}")
-    raise ValueError(f"cache {path} must have its record {name.name} with it, got the file alone: {REMEDY}")
+    record = own or old
+    if record is None or (own is None and record.format > 0):
+        raise ValueError(f"cache {path} must have its record {name.name} with it, got the file alone: {REMEDY}")
+    if not (is_of_0_6(record, texts) if record.format == 0 else record.texts == strings_digest(texts)):
+        raise ValueError(f"cache {path} was made from other texts ({record.count} of them): {REMEDY}")
+    return record if record.done else None
 
 
 def is_of_0_6(record: Record, texts: Sequence[str]) -> bool:

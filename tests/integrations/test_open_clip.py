@@ -291,6 +291,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         assert wanted.norm() > 0 or name == "token_embedding.weight", name
 
 
+@pytest.mark.slow
 def test_the_command_of_the_documentation(tmp_path, shards):
     environment = {
         **os.environ,

@@ -546,6 +546,20 @@ def test_the_shared_record_of_0_6_serves_no_other_cache(tmp_path):
     assert len(encoded(tmp_path / "caps.train")) == 36
 
 
+def test_a_record_of_0_6_does_not_speak_for_a_cache_that_has_its_own(tmp_path):
+    encoded(tmp_path / "caps.val", texts=CAPTIONS[::-1])
+    cache_of_0_6(tmp_path / "caps.train")
+    with pytest.raises(ValueError, match=rf"caps\.val was made from other texts \(36 of them\): {REMEDY}"):
+        encoded(tmp_path / "caps.val")
+
+
+def test_the_record_of_another_cache_of_0_7_is_no_record_of_0_6(tmp_path):
+    encoded(tmp_path / "t")
+    shutil.copy(tmp_path / "t", tmp_path / "t.npy")
+    with pytest.raises(ValueError, match=r"cache .*t\.npy must have its record t\.npy\.json with it, got the file alone"):
+        encoded(tmp_path / "t.npy")
+
+
 def test_the_record_of_another_cache_of_0_6_is_not_written_over(tmp_path):
     cache_of_0_6(tmp_path / "caps.train.npy")
     before = (tmp_path / "caps.train.json").read_bytes()
