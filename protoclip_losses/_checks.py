@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dtypes import FLOATS, accumulation_dtype
+from ._dtypes import FLOATS, INTEGERS, accumulation_dtype
 
 
 def shape(x: Tensor) -> str:
@@ -44,10 +44,8 @@ def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "", a
     """Check that ``x`` is an int64 vector, or with ``any_dtype`` one of any integer dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if any_dtype and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
-        raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
-    if not any_dtype and x.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {x.dtype}")
+    if x.dtype not in (INTEGERS if any_dtype else (torch.int64,)):
+        raise TypeError(f"{name} must be {'of an integer dtype' if any_dtype else 'int64'}, got {x.dtype}")
     if x.dim() != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {shape(x)}")
     if length is not None and x.shape[0] != length:

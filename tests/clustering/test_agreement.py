@@ -153,8 +153,8 @@ X = torch.arange(4)
     ("first", "second", "error", "message"),
     [
         ([0, 1], X, TypeError, "labels_true must be a torch.Tensor, got list"),
-        (X, X.double(), TypeError, "labels_pred must have an integer dtype, got torch.float64"),
-        (X.bool(), X, TypeError, "labels_true must have an integer dtype, got torch.bool"),
+        (X, X.double(), TypeError, "labels_pred must be of an integer dtype, got torch.float64"),
+        (X.bool(), X, TypeError, "labels_true must be of an integer dtype, got torch.bool"),
         (X[None], X, ValueError, r"labels_true must have 1 dimension, got shape \(1, 4\)"),
         (X, X[:3], ValueError, "labels_pred must have 4 entries as labels_true, got 3"),
         (X, X.to("meta"), ValueError, "labels_pred is on meta but labels_true is on cpu"),

@@ -177,7 +177,7 @@ def test_equal_rows_tie_in_every_dtype_and_width(dtype, width):
     assert same == {"top1": 0, "top7": 0, "top8": 1}
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint32, torch.int16, torch.int32, torch.int64])
 def test_labels_of_every_integer_dtype(emoji, kind):
     image, text, groups = (x[:90] for x in emoji)
     groups = torch.arange(90) % 9
@@ -288,7 +288,7 @@ X, Y = torch.eye(4), torch.arange(4)
             "text must have 4 rows as image, or text_con.*, got 3",
         ),
         (lambda: metrics.retrieval_recall(X, X, Y[:3]), ValueError, "concepts must have 4 entries as image has rows, got 3"),
-        (lambda: metrics.retrieval_recall(X, X, Y.float()), TypeError, "concepts must have an integer dtype, got torch.float32"),
+        (lambda: metrics.retrieval_recall(X, X, Y.float()), TypeError, "concepts must be of an integer dtype, got torch.float32"),
         (
             lambda: metrics.retrieval_recall(X, X, ks=(0,)),
             ValueError,
@@ -328,7 +328,7 @@ X, Y = torch.eye(4), torch.arange(4)
             ValueError,
             r"num_clusters must be a whole number in \[1, 4\] as features has rows, got 5",
         ),
-        (lambda: metrics.grouping(X, Y.bool()), TypeError, "labels must have an integer dtype, got torch.bool"),
+        (lambda: metrics.grouping(X, Y.bool()), TypeError, "labels must be of an integer dtype, got torch.bool"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, message):
