@@ -269,6 +269,7 @@ def test_a_wrong_argument_says_what_is_wanted(arguments: list[str], message: str
     assert "Traceback" not in written
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu(table: str, tmp_path: Path) -> None:
     """Pictures are augmented in float32; encoders and heads run under autocast, in extraction too."""
     arguments = ["--train-data", table, *TINY, "--episodes", "2", "--lit-episodes", "0", "--precision", "bf16"]
