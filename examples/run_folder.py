@@ -139,9 +139,9 @@ class RunState:
     def register(self, name: str, obj: Any, *, per_rank: bool = False) -> None:
         """Save `obj` (it has `state_dict` and `load_state_dict`) in every checkpoint from now on.
 
-        Its state is taken to be equal on all ranks, and rank 0 writes it; with `per_rank` each rank writes its own. What
-        exists in a part of an episode only is registered when it is made, and is given its state then if the run was resumed
-        in that part.
+        A state that is equal on all ranks is written by rank 0; with `per_rank` each rank writes its own. An object that exists
+        only during a stage, such as a feature bank, is registered when it is made. If the run was resumed in that stage, the
+        object is restored then.
         """
         self._objects[name] = (obj, per_rank)
         if name in self._loaded:
@@ -164,7 +164,7 @@ class RunState:
         save_checkpoint(self.run_dir, self.progress.saves, self.rank, self.world_size, shared, own)
 
     def load(self) -> None:
-        """Restore what is registered from the last checkpoint; a run that has none yet starts from its beginning."""
+        """Restore the registered objects from the last checkpoint. A run that has none yet starts from its beginning."""
         loaded = load_checkpoint(self.run_dir, self.rank, self.world_size)
         if loaded is not None:
             self._loaded = {**loaded[0], **loaded[1]}

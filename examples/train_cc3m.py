@@ -179,7 +179,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0 if schedule == "lit" and group["visual"] else rate
             with self.autocast():
-                parts = self.loss(**self.ddp(pictures, tokens), **self.label_source(batch), output_dict=True)
+                parts = self.loss(**self.ddp(pictures, tokens), **self.label_arguments(batch), output_dict=True)
                 total = sum(parts.values())
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
@@ -205,13 +205,13 @@ class Trainer:
         bar = tqdm(loader, f"{self.title(episode)} {progress.stage}", len(order), initial=done, unit="batch", leave=False)
         phase = STAGES.index(progress.stage)
         for index, pictures, tokens in bar:
-            # Outside autocast, and on the device.
+            # Outside autocast: colour jitter needs one dtype.
             augmented = self.inputs.augment(pictures.to(device), index, self.args.seed, episode.number, phase)
             yield index, augmented, tokens.to(device)
             self.state.batch_done()
 
-    def label_source(self, index: Tensor) -> dict[str, Any]:
-        """What the loss finds the labels of a batch by: the sample index, or online the features, the teacher's too."""
+    def label_arguments(self, index: Tensor) -> dict[str, Any]:
+        """What gives a batch its labels: the sample index; in online mode the nearest centroid, so the teacher's features."""
         device = self.state.device
         if self.args.method != "online":
             return {"index": index.to(device)}

@@ -1,6 +1,8 @@
 """Input checks shared by every public call. Each error names the argument, what was wanted and what was given."""
 
 import math
+import operator
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dtypes import FLOATS, accumulation_dtype
+from ._dtypes import FLOATS, INTEGERS, accumulation_dtype
 
 
 def shape(x: Tensor) -> str:
@@ -38,12 +40,12 @@ def matrix(name: str, x: Tensor, *, rows: int | None = None, width: int | None =
         raise ValueError(f"{name} must have width {width}{of}, got shape {shape(x)}")
 
 
-def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "") -> None:
-    """Check that ``x`` is an int64 vector."""
+def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "", any_dtype: bool = False) -> None:
+    """Check that ``x`` is an int64 vector, or with ``any_dtype`` one of any integer dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {x.dtype}")
+    if x.dtype not in (INTEGERS if any_dtype else (torch.int64,)):
+        raise TypeError(f"{name} must be {'of an integer dtype' if any_dtype else 'int64'}, got {x.dtype}")
     if x.dim() != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {shape(x)}")
     if length is not None and x.shape[0] != length:
@@ -69,12 +71,8 @@ def valid_mask(valid: Tensor | None, num_prototypes: int) -> None:
 
 def chunk_rows(chunk_size: int | None) -> None:
     """Check the number of rows that are worked on at a time."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
+    if chunk_size is not None:
+        at_least("chunk_size", chunk_size, 1)
 
 
 def reduction(value: str) -> None:
@@ -84,12 +82,12 @@ def reduction(value: str) -> None:
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """Check a whole number given to a constructor."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Check a whole number, of Python or of NumPy; return it as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    return operator.index(value)
 
 
 def positive_int(name: str, value: int) -> int:
@@ -230,9 +228,13 @@ def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) 
             raise ValueError(f"state_dict has {name}={state[name]} but this {owner} has {name}={value}")
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that ``old`` is deprecated, and name its replacement."""
-    warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=stacklevel)
+def warn_renamed(old: str, new: str) -> None:
+    """Warn that ``old`` is deprecated, and name its replacement, at the line that called this package, through torch or not."""
+    if not torch.compiler.is_compiling():  # a warning would break the graph
+        depth = 1
+        while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
+            depth += 1
+        warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=depth + 1)
 
 
 def require(module: str, extra: str) -> Any:

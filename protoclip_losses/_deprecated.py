@@ -15,11 +15,11 @@ from ._checks import warn_renamed
 # Old path: new path, both below protoclip_losses. `module.*` is a module that does not exist any more; the line holds for
 # all names in it that have no line of their own.
 MOVED = {
-    "Clusters": "clustering.KMeansResult",
+    "Clusters": "KMeansResult",
     "back_translation.*": "prototypes.back_translation.*",
     "back_translation.PrototypicalBackTranslation": "PrototypicalBackTranslation",
     "caption_cache.*": "teachers.caption_cache.*",
-    "clustering.Clusters": "clustering.KMeansResult",
+    "clustering.Clusters": "KMeansResult",
     "clustering.EpisodeReport": "EpisodeReport",
     "clustering.EpisodicClusterer": "EpisodicClusterer",
     "clustering.PrototypeTerm": "PrototypeTerm",
@@ -27,7 +27,7 @@ MOVED = {
     "clustering.clusterer.*": "prototypes.build.*",
     "clustering.clusterer.EpisodicClusterer": "EpisodicClusterer",
     "clustering.clusters.*": "clustering.kmeans.*",
-    "clustering.clusters.Clusters": "clustering.KMeansResult",
+    "clustering.clusters.Clusters": "KMeansResult",
     "clustering.episode.*": "prototypes.report.*",
     "clustering.prototypes.*": "prototypes.episode.*",
     "clustering.prototypes.PrototypeTerm": "PrototypeTerm",

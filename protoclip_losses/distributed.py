@@ -10,8 +10,9 @@ A rank's loss is its share: ``world_size * (sum over its rows) / (rows of all ra
 of the whole batch, and the mean of the gradients, which DDP takes, is the gradient of one process on the whole batch.
 """
 
+import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 Group = Any  # torch.distributed.ProcessGroup; not importable from builds without distributed
 T = TypeVar("T")
+Signature = Callable[[], Mapping[str, object]]  # what must be equal on all ranks, by name
 
 
 def check_process_group(process_group: Group | bool | None) -> Group | bool | None:
@@ -70,17 +72,17 @@ def all_gather(x: Tensor, group: Group) -> list[Tensor]:
     return out
 
 
-def validate_on_all_ranks(check: Callable[[], T], group: Group | None, signature: Callable[[], object] | None = None) -> T:
+def validate_on_all_ranks(check: Callable[[], T], group: Group | None, signature: Signature | None = None) -> T:
     """Run ``check`` on every rank and share the verdict: all continue, or all raise together.
 
     Args:
         check: raises if this rank's input is bad.
         group: None for one process.
-        signature: what must be equal on all ranks (widths, dtypes, names, settings): a collective would hang otherwise.
+        signature: what must be equal on all ranks (widths, dtypes, settings), by name: a collective would hang otherwise.
 
     Raises:
         Exception: on the rank whose check failed, what it raised.
-        ValueError: on the other ranks, naming that rank; on all ranks where signatures differ.
+        ValueError: on the other ranks, naming that rank; on all ranks if signatures differ, naming what differs.
     """
     return validate_rows(check, group, 0, signature)[0]
 
@@ -91,7 +93,7 @@ def gather_sizes(rows: int, group: Group | None) -> list[int]:
 
 
 def validate_rows(
-    check: Callable[[], T], group: Group | None, rows: int, signature: Callable[[], object] | None = None
+    check: Callable[[], T], group: Group | None, rows: int, signature: Signature | None = None
 ) -> tuple[T, "RankRows"]:
     """:func:`validate_on_all_ranks` and :func:`gather_sizes` by one collective, for calls that belong to a training step."""
     if group is None:
@@ -100,7 +102,7 @@ def validate_rows(
     own_signature = ""
     try:
         result = check()
-        own_signature = repr(signature()) if signature is not None else ""
+        own_signature = "" if signature is None else json.dumps({name: repr(value) for name, value in signature().items()})
     except Exception as error:
         failure = error
     own = torch.tensor([int(failure is not None), rows, zlib.crc32(own_signature.encode())], device=collective_device(group))
@@ -111,8 +113,14 @@ def validate_rows(
     if failed:
         raise ValueError(f"bad input on rank(s) {failed}: the error raised there says which; this rank's input was fine")
     if len({code for _, _, code in verdicts}) > 1:
-        raise ValueError(f"ranks must pass input of one kind, and they differ; this rank has {own_signature}")
+        raise ValueError(_difference([json.loads(text) for text in gather_strings(own_signature or "{}", group)]))
     return result, RankRows(group, [n for _, n, _ in verdicts])
+
+
+def _difference(signatures: Sequence[Mapping[str, str]]) -> str:
+    names = [name for name in {**signatures[0], **signatures[-1]} if len({s.get(name) for s in signatures}) > 1]
+    values = (f"{name}, got " + ", ".join(f"{s.get(name)} on rank {r}" for r, s in enumerate(signatures)) for name in names)
+    return f"ranks must agree on {'; on '.join(values)}"
 
 
 class RankRows:
@@ -166,7 +174,7 @@ class RankRows:
 
     def maximum(self, x: Tensor) -> Tensor:
         """The elementwise maximum over ranks."""
-        return max_over_ranks(x, self.group)
+        return _reduced(x, "MAX", self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The elementwise sum over ranks."""
@@ -221,11 +229,6 @@ def even_batches(batches: Iterable[Any], process_group: Group | bool | None = No
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
     """The sum over ranks, as a new tensor on the device of ``x``. No gradient."""
     return _reduced(x, "SUM", group)
-
-
-def max_over_ranks(x: Tensor, group: Group | None) -> Tensor:
-    """The elementwise maximum over ranks, as a new tensor on the device of ``x``. No gradient."""
-    return _reduced(x, "MAX", group)
 
 
 def _reduced(x: Tensor, operation: str, group: Group | None) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss
 
+from .internals import fill_queue
 from .measure import Call, in_new_process, interleaved, machine, peak_extra_bytes, ratio
 
 CALLS = ("without", "with", "online", "extraction")
@@ -91,7 +92,7 @@ def steps(host: str, model: str, batch: int, prototypes: int, rows: int) -> dict
     proto = ProtoLoss()
     proto.set_prototypes(EpisodicClusterer(prototypes, niter=2).build(bank))
     queue = OnlinePrototypes(prototypes, rows, every=rows // batch, warmup=1)
-    queue.update({"image": h[0], "text": h[1]}, {})
+    fill_queue(queue, *h)
     online = ProtoLoss()
     online.set_prototypes(queue)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (plain, headed)]

@@ -25,7 +25,7 @@ SETTINGS = ("niter", "nredo", "backend", "spherical", "seed", "device", "tol", "
 
 @dataclass(frozen=True, repr=False, eq=False)
 class KMeansResult:
-    """A clustering of N rows, which also assigns new rows.
+    """A clustering of N rows, which also labels new rows.
 
     Use it when: you want the labels of the rows that were clustered, or of others by :meth:`predict`.
     Not when: you train with prototypes: :class:`Prototypes` has the clusterings of an episode by sample index.
@@ -123,12 +123,10 @@ class KMeans:
         >>> result = KMeans(num_clusters=2).fit(torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]]))
         >>> result.counts, result.objective
         (tensor([2, 2]), 1.0)
-        >>> bool(result.predict(torch.tensor([[8.0, 0.5]])) == result.labels[2])
-        True
 
     Source:
-        Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28 (1982); seeding as in k-means++ (Arthur,
-        Vassilvitskii, 2007), in a few rounds (k-means||, Bahmani et al., 2012); faiss, https://faiss.ai.
+        Lloyd, IEEE Trans. Inf. Theory 28 (1982); seeding as in k-means++ (Arthur, Vassilvitskii, 2007), in a few rounds
+        (k-means||, Bahmani et al., 2012); faiss, https://faiss.ai.
     """
 
     _x_name, _k_name = "x", "num_clusters"  # how errors name the arguments
@@ -183,7 +181,7 @@ class KMeans:
             lambda: self._checked(x, init, index),
             group,
             len(x) if isinstance(x, Tensor) and x.dim() else 0,
-            signature=lambda: (x.shape[1], x.dtype, self.num_clusters, init is None, index is None),
+            signature=lambda: self._signature(x, init, index),
         )
         kept = RankRows(group, gather_sizes(len(points), group))
         self._require_enough(kept.total, ranks.total)
@@ -225,6 +223,11 @@ class KMeans:
             check.matrix("init", init, rows=self.num_clusters, width=x.shape[1], of=f" as {self._k_name} and {name} say")
             check.finite("init", init)
         return finite_points(name, x)
+
+    def _signature(self, x: Tensor, init: Tensor | None, index: Tensor | None) -> dict[str, object]:
+        settings = {name: getattr(self, name) for name in SETTINGS if name not in ("device", "process_group")}
+        given = {"width and dtype": (x.shape[1], x.dtype), "init and index": (init is not None, index is not None)}
+        return {self._k_name: self.num_clusters, **settings, **given}
 
     def _require_enough(self, kept: int, total: int) -> None:
         name = self._x_name

@@ -160,7 +160,7 @@ class FeatureBank:
     def state_dict(self) -> dict[str, Any]:
         """Samples, features and which rows are written."""
         # Copies of the small tensors: torch.distributed.checkpoint reads into those it is given, before anything is checked.
-        # The names stand beside the features as it also skips, in silence, entries that a fresh bank does not have yet.
+        # Names of modalities are saved apart: it skips, in silence, features that a fresh bank does not have yet.
         state = {"index": self.index.clone(), "written": self.written.clone(), "features": dict(self.features)}
         return {"format": 1, **state, "modalities": list(self.features)}
 

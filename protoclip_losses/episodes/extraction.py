@@ -120,7 +120,7 @@ def extract(model: nn.Module, batches: Iterable[Any], project: Callable[[Any], t
         The complete bank, in float32 on the features' device; without rows on a rank that had no batch.
 
     Raises:
-        ValueError: no batch on any rank; under torch.distributed also on ranks beside one that raised.
+        ValueError: no batch on any rank; under torch.distributed also where another rank raised.
 
     Example:
         >>> model, images = torch.nn.Linear(4, 2), torch.randn(6, 4)

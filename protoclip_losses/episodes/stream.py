@@ -164,7 +164,7 @@ class StreamEpisode:
                 ``dropped``, and the batch is smaller.
             batch_size: samples in a batch.
             num_workers: loader processes, which read a shard each. With 0, this process reads.
-            rank, world_size: whose shards.
+            rank, world_size: of this process, and the number of processes.
             shuffle_buffer: raw samples that a worker holds and puts in random order, drawn from (seed, episode); 1 for none.
             only: (n,) int64; leave out all samples but these. In training, those of extraction, so that one that failed there
                 and not here (a network) is not trained.

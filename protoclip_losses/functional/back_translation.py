@@ -65,6 +65,8 @@ def segment_sum(
         ignored = labels == -1
         check.label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
         check.finite("features", features[~ignored] if bool(ignored.any()) else features)
+    else:
+        torch._assert_async(((labels >= -1) & (labels < num_prototypes)).all())
     # Samples sorted by label are bags of rows, and a bag is summed in order. Bag 0 holds the samples that are left out.
     order = labels.argsort(stable=True)
     sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)

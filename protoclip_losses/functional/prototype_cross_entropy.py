@@ -114,7 +114,12 @@ def check_term(
         raise ValueError(f"{columns} must have at least one row, got shape {check.shape(prototypes)}")
     if not check.values_are_checked(features, check_values):
         counted = labels != ignore_index
-        return counted, labels.where(counted, 0)
+        safe = labels.where(counted, 0)
+        good = (safe >= 0) & (safe < prototypes.shape[0])
+        if valid is not None and hard:
+            good &= valid[safe.clamp(0, prototypes.shape[0] - 1)] | ~counted
+        torch._assert_async(good.all())  # on the device, without waiting for it
+        return counted, safe
     row_mask: Tensor | None = None
     safe = labels
     if not check.labels_within(labels, prototypes.shape[0], ignore_index):

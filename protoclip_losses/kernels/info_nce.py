@@ -26,7 +26,7 @@ from torch import Tensor
 from ..distributed import RankRows
 from . import blocks
 from .autograd import recomputed_blocks, run
-from .blocks import LogitBlocks, product_dtype, rows_per_block, softmax_nll
+from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -99,10 +99,10 @@ class _Pass:
             z = self.image[rows]
             p = self.blocks(z, None if cached is None else cached[rows])
             self.pair[rows] = self.diagonal(p, rows)
+            if self.with_accuracy:
+                self.correct += label_is_first(p, self.labels[rows]).sum()
             row_nll[rows] = softmax_nll(p, self.labels[rows], z, self.texts, self.scale)[1]
             diagonal = self.diagonal(p, rows)
-            if self.with_accuracy:
-                self.correct += (diagonal >= p.amax(1)).sum()
             diagonal.zero_()
             normaliser = self.pair[rows] + row_nll[rows]
             top = normaliser.max()

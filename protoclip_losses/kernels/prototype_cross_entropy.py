@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import blocks
 from .autograd import recomputed_blocks, run
-from .blocks import LogitBlocks, product_dtype, rows_per_block, softmax_nll
+from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -57,7 +57,8 @@ def label_nll(
             if valid is not None:
                 logits.masked_fill_(~valid, -torch.inf)
             if with_accuracy:
-                correct += count_label_first(logits, label, None if row_mask is None else row_mask[rows])
+                first = label_is_first(logits, label)
+                correct += (first if row_mask is None else first & row_mask[rows]).sum()
             own_residual, nll = softmax_nll(logits, label, h, prototypes, scale)
             total += (nll if row_mask is None else nll * row_mask[rows]).sum()
             if target_delta is not None:
@@ -73,12 +74,6 @@ def label_nll(
             if with_prototype_gradient:
                 grad_prototypes += residual.T @ (h * scale).to(features.dtype)
     return total, correct, grad_features, grad_prototypes, grad_scale
-
-
-def count_label_first(logits: Tensor, labels: Tensor, row_mask: Tensor | None) -> Tensor:
-    """The number of rows (of those in ``row_mask``) whose label has the largest logit."""
-    first = logits.gather(1, labels[:, None])[:, 0] >= logits.amax(1)
-    return (first if row_mask is None else first & row_mask).sum()
 
 
 label_nll_operator = torch.library.custom_op(
@@ -205,7 +200,10 @@ def _dense(
     logits = (features * scale) @ prototypes.T
     if valid is not None:
         logits = logits.masked_fill(~valid, -torch.inf)
-    correct = count_label_first(logits.detach(), labels, row_mask).to(scale.dtype) if with_accuracy else scale.new_zeros(())
+    correct = scale.new_zeros(())
+    if with_accuracy:
+        first = label_is_first(logits.detach().clone(), labels)
+        correct = (first if row_mask is None else first & row_mask).sum().to(scale.dtype)
     if row_mask is None:
         total = F.cross_entropy(logits, labels, reduction="sum")
     else:

@@ -41,7 +41,7 @@ class InfoNCE(nn.Module):
 
     Attributes:
         metrics: detached tensors of the last forward: ``contrastive_accuracy``, the share of this rank's images whose own text
-            comes first among all texts.
+            has the largest logit among all texts; a tie counts for the first of the tied texts alone.
 
     Example:
         >>> import torch
@@ -96,7 +96,10 @@ class InfoNCE(nn.Module):
             lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
             group,
             num_rows(image_features),
-            signature=lambda: collective_signature(image_features, text_features, scale=logit_scale),
+            signature=lambda: {
+                **collective_signature(image_features, text_features, scale=logit_scale),
+                "gather_with_grad": self.gather_with_grad,
+            },
         )
         loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
         loss = keep_in_graph(loss, logit_bias)
@@ -108,10 +111,10 @@ def num_rows(x: Any) -> int:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else 0
 
 
-def collective_signature(*features: Tensor, scale: Any) -> list[tuple[Any, ...]]:
+def collective_signature(*features: Tensor, scale: Any) -> dict[str, object]:
     """What must be equal on all ranks to gather features and their gradients."""
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale))
-    return [(x.shape[1], x.dtype, wanted) for x in features]
+    return {"width": [x.shape[1] for x in features], "dtype": [x.dtype for x in features], "requires_grad": wanted}
 
 
 def info_nce_share(

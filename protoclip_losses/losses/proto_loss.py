@@ -179,8 +179,7 @@ class ProtoLoss(nn.Module):
         text = text_features if text_features_projected is None else text_features_projected
         batch = BatchFeatures({"image": image, "text": text, **features}, teachers_by_name(teacher_features))
         if self._prototypes is not None and self._prototypes.version != self._terms.version:
-            # Targets are computed when labels need them, so that no step waits for all of them.
-            self._terms = WeightedTerms(self._prototypes, self.settings)
+            self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
 
         def prepare() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
             scale = self._check(image_features, text_features, logit_scale, batch, index)
@@ -192,11 +191,12 @@ class ProtoLoss(nn.Module):
             prepare,
             active_group(self.process_group),
             num_rows(image_features),
-            signature=lambda: (
-                collective_signature(image_features, text_features, scale=logit_scale),
-                [(term.student, term.teacher) for term in self._terms],
-                [(name, x.shape[1:]) for name, x in batch.by_name.items()],
-            ),
+            signature=lambda: {
+                **collective_signature(image_features, text_features, scale=logit_scale),
+                "features": [(name, x.shape[1:]) for name, x in batch.by_name.items()],
+                "settings": self.settings.signature,
+                **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
+            },
         )
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}

@@ -1,7 +1,8 @@
 """The settings of the objective."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from .. import _checks as check
 
@@ -32,6 +33,11 @@ class ObjectiveSettings:
         check.chunk_rows(self.chunk_size)
         for name in ("target_temperature", "external_target_temperature"):
             object.__setattr__(self, name, check.optional_temperature(name, getattr(self, name)))
+
+    @cached_property
+    def signature(self) -> str:
+        """The settings that must be equal on all ranks; blocks and checks may differ."""
+        return replace(self, chunk_size=None, check_values=None).as_arguments()
 
     def as_arguments(self) -> str:
         """The settings as they are written in a constructor call."""

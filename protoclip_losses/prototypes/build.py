@@ -126,7 +126,11 @@ class EpisodicClusterer:
         sources = validate_on_all_ranks(
             lambda: _with_teachers(features, bank.index, external),
             group,
-            signature=lambda: ([(name, x.shape[1], x.dtype) for name, x in features.items()], list(external)),
+            signature=lambda: {
+                "modalities": [(name, x.shape[1], x.dtype) for name, x in features.items()],
+                "teachers": list(external),
+                "warm_start": self.warm_start,
+            },
         )
         index, owned = _first_occurrences(ranks.gather(bank.index), ranks)
         owned_ranks = RankRows(group, gather_sizes(int(owned.sum()), group))
@@ -166,8 +170,7 @@ class EpisodicClusterer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume after the episode that was saved."""
         check.state_format("EpisodicClusterer", state)
-        if "previous" not in state:
-            raise ValueError(f"state_dict must be that of EpisodicClusterer, got one without 'previous' (it has {sorted(state)})")
+        check.state_has("EpisodicClusterer", state, ["previous"])
         self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])
 
 

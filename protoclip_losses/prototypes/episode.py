@@ -1,5 +1,6 @@
 """The prototypes of an episode, with labels by sample index."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,7 @@ class Prototypes(PrototypeSource, kind="episode"):
                 raise ValueError(
                     f"labels of teacher {teacher!r} must be the same for all its students, those of {student!r} differ"
                 )
+        self._checksum: int | None = None
         self.index, self.terms, self.report = index, dict(terms), report or EpisodeReport({}, {})
         self._ordered, self._order, self.labels_by_teacher = ordered, order, labels
 
@@ -77,6 +79,14 @@ class Prototypes(PrototypeSource, kind="episode"):
         if next(iter(self.labels_by_teacher.values()), positions).device != positions.device:
             self.labels_by_teacher = {teacher: x.to(positions.device) for teacher, x in self.labels_by_teacher.items()}
         return {teacher: x[positions] for teacher, x in self.labels_by_teacher.items()}
+
+    def signature(self) -> dict[str, object]:
+        """Terms and a checksum of the prototypes: they must have been built, or loaded, together on all ranks."""
+        if self._checksum is None:
+            self._checksum = zlib.crc32(
+                b"".join(term.prototypes.contiguous().cpu().view(torch.uint8).numpy().tobytes() for term in self.terms.values())
+            )
+        return {**super().signature(), "the checksum of the prototypes, which one build gives to all ranks": self._checksum}
 
     def positions(self, index: Tensor, *, check_values: bool | None = None) -> Tensor:
         """Positions (B,) of sample indices (B,) in the episode: what ``term.labels`` is indexed with.

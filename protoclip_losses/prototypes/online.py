@@ -151,6 +151,10 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         rows = len(next(iter(students.values())))
         self.observe(BatchFeatures(students, teachers), labels, RankRows(group, list(sizes) or [rows]))
 
+    def signature(self) -> dict[str, object]:
+        """Settings and the step: all ranks must renew their prototypes together."""
+        return {**super().signature(), **{name: getattr(self, name) for name in (*self._SETTINGS, "calls", "step")}}
+
     def _check_widths(self, features: Mapping[str, Tensor]) -> None:
         widths = {name: x.shape[1] for name, x in features.items()}
         known = self.queue.widths or widths

@@ -135,7 +135,7 @@ class BatchFeatures(NamedTuple):
 def teachers_by_name(teacher_features: Any) -> Mapping[str, Tensor]:
     """Features of external teachers by name; 0.6 accepted a single tensor, and ignored it."""
     if isinstance(teacher_features, Tensor):
-        check.warn_renamed("teacher_features as a single tensor", "a mapping of names to tensors", stacklevel=4)
+        check.warn_renamed("teacher_features as a single tensor", "a mapping of names to tensors")
         return {}
     if teacher_features is None or isinstance(teacher_features, Mapping):
         return teacher_features or {}
@@ -174,6 +174,10 @@ class PrototypeSource(ABC):
 
     def observe(self, features: BatchFeatures, labels: Mapping[str, Tensor], ranks: RankRows) -> None:  # noqa: B027
         """Take in a training batch with its labels. Does nothing unless overridden: an episode's prototypes are constant."""
+
+    def signature(self) -> dict[str, object]:
+        """What must be equal on all ranks, by name."""
+        return {"prototypes": (self.kind, self.version, list(self.terms))}
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

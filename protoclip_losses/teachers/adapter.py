@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed import Group, active_group, rank, validate_on_all_ranks
 from .caption_cache import Encode, call_encoder, complete_cache, encode_to_file
-from .files import beside, open_rows
+from .files import companion, open_rows
 from .pca import PCA, fit_once, load_pca, pca_from_state
 
 BLOCK = 16_384  # rows read at a time
@@ -126,8 +126,7 @@ class TeacherAdapter:
                 made from other captions, by another encoder or in another dtype, or a damaged one.
             OSError: what the file system says, such as a full disk, with the name of the file.
         """
-        path = Path(cache)
-        group = active_group(process_group)
+        path, group = Path(cache), active_group(process_group)
 
         def run() -> list[str]:
             captions = check.strings("texts", texts)
@@ -140,13 +139,14 @@ class TeacherAdapter:
         captions = validate_on_all_ranks(run, group)
         # A node that does not see the files, or sees others, raises on all ranks.
         record, rows = validate_on_all_ranks(lambda: complete_cache(path, captions, dtype), group)
-        validate_on_all_ranks(lambda: None, group, signature=lambda: (rows.shape, zlib.crc32(rows[0].tobytes())))
+        cached = {"rows of the cache": (rows.shape, zlib.crc32(rows[0].tobytes()))}
+        validate_on_all_ranks(lambda: None, group, signature=lambda: cached)
         adapter = cls(rows, encode=encode, normalize=normalize)
         if dim is None:
             return adapter
         fitted_on = {"texts": record.texts, "normalize": normalize, "dim": dim}
         # A cache that 0.6 completed keeps the PCA that 0.6 fitted.
-        files = [beside(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
+        files = [companion(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
 
         def fit() -> None:
             if rank(group) == 0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .files import beside, locked, naming, open_rows, reserve, write_atomically
+from .files import companion, locked, naming, open_rows, reserve, write_atomically
 
 Encode = Callable[[list[str]], "Tensor | np.ndarray[Any, Any]"]
 RECORD_BYTES = 4096  # more than any record has; a larger file of its name is somebody's captions
@@ -48,6 +48,8 @@ def call_encoder(encode: Encode, captions: list[str], width: int | None = None) 
     wanted = f"encode must return a tensor or an array ({len(captions)}, width), got {type(out).__name__}"
     if isinstance(out, Mapping):
         raise TypeError(f"{wanted} with {list(out)}: return one of its values, pooled to a row for each caption")
+    if out is None:
+        raise TypeError(wanted)
     try:
         if isinstance(out, (list, tuple)) and out and all(isinstance(row, Tensor) for row in out):
             out = torch.stack(tuple(out))
@@ -97,26 +99,24 @@ def find_record(path: Path, texts: Sequence[str]) -> Record | None:
 
     0.6 gave the record of ``caps.npy`` the name ``caps.json``, which other caches and other files can have too.
     """
-    name, own = beside(path, ".json"), Record.read(beside(path, ".json"))
-    if name.exists() if own is None else own.format == 0 and name != path.with_suffix(".json"):
+    name, name_of_0_6 = companion(path, ".json"), path.with_suffix(".json")
+    # In the reverse of the order in which they are written: another process may do so now.
+    has_rows, old, has_record, own = path.exists(), Record.read(name_of_0_6), name.exists(), Record.read(name)
+    if has_record if own is None else own.format == 0 and name != name_of_0_6:
         raise ValueError(f"{name} must be the record of the cache {path}, got another file: name the cache otherwise")
-    if not path.exists() or (own is not None and own.done == 0):
+    if not has_rows or (own is not None and own.done == 0):
         return None
-    if own is not None and own.texts == strings_digest(texts):
-        return own
-    if (old := _record_of_0_6(path, texts)) is not None:
-        return old if old.done else None
-    if (own := own or Record.read(path.with_suffix(".json"))) is not None:
-        raise ValueError(f"cache {path} was made from other texts ({own.count} of them): {REMEDY}")
-    raise ValueError(f"cache {path} must have its record {name.name} with it, got the file alone: {REMEDY}")
+    record = own or old
+    if record is None or (own is None and record.format > 0):
+        raise ValueError(f"cache {path} must have its record {name.name} with it, got the file alone: {REMEDY}")
+    if not (is_of_0_6(record, texts) if record.format == 0 else record.texts == strings_digest(texts)):
+        raise ValueError(f"cache {path} was made from other texts ({record.count} of them): {REMEDY}")
+    return record if record.done else None
 
 
-def _record_of_0_6(path: Path, texts: Sequence[str]) -> Record | None:
-    old = Record.read(path.with_suffix(".json"))
-    if old is None or old.format != 0 or old.texts != joined_digest(texts):
-        return None
-    # Captions that hold NUL have the digest of others that were joined by it.
-    return None if any("\0" in text for text in texts) else old
+def is_of_0_6(record: Record, texts: Sequence[str]) -> bool:
+    """Whether 0.6 wrote this record, of these captions. Those that hold NUL have the digest of others that were joined by it."""
+    return record.format == 0 and record.texts == joined_digest(texts) and not any("\0" in text for text in texts)
 
 
 def open_cache(path: Path, texts: Sequence[str], dtype: str) -> "tuple[Record, np.memmap[Any, Any]] | None":
@@ -157,16 +157,16 @@ def encode_to_file(encode: Encode, texts: Sequence[str], path: Path, batch_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        found = open_cache(path, texts, dtype)  # another process may have gone on while this one waited
+        found = open_cache(path, texts, dtype)  # another process may have continued it meanwhile
         record = Record(strings_digest(texts), len(texts), 0, dtype, format=1)
         if found is None:
-            beside(path, ".pca.npz").unlink(missing_ok=True)  # of rows that were here before
+            companion(path, ".pca.npz").unlink(missing_ok=True)  # of rows that were here before
         else:
             _check_encoder(encode, texts, path, found[1])
             record = replace(record, done=found[0].done, width=found[1].shape[1])
-        old = _record_of_0_6(path, texts)
-        record.write(beside(path, ".json"))
-        if old is not None and beside(path, ".json") != path.with_suffix(".json"):
+        record.write(companion(path, ".json"))
+        old = Record.read(path.with_suffix(".json"))
+        if old is not None and is_of_0_6(old, texts):
             path.with_suffix(".json").unlink()  # it would say that rows are done which are written again
         _encode_rest(encode, texts, path, record, batch_size, progress)
 
@@ -202,7 +202,7 @@ def _encode_rest(
             file.flush()
             os.fsync(file.fileno())
         record = replace(record, done=start + len(block))
-        record.write(beside(path, ".json"))
+        record.write(companion(path, ".json"))
 
 
 def _make_file(path: Path, shape: tuple[int, int], dtype: str) -> None:

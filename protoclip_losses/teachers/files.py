@@ -20,7 +20,7 @@ except ImportError:  # Windows
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)
 
 
-def beside(path: Path, suffix: str) -> Path:
+def companion(path: Path, suffix: str) -> Path:
     """``caps.npy`` and ``.json`` make ``caps.npy.json``: the whole name, as ``caps.train`` and ``caps.val`` share a stem."""
     return path.with_name(path.name + suffix)
 
@@ -41,12 +41,12 @@ def open_rows(path: str | os.PathLike[str]) -> "np.memmap[Any, Any]":
         with open(path, "rb") as file:
             start = file.read(20)
         if not start:
-            came = "an empty file"
+            got = "an empty file"
         elif start.startswith(np.lib.format.MAGIC_PREFIX):
-            came = f"a file that is cut short or of another kind of array ({error})"
+            got = f"a file that is cut short or of another kind of array ({error})"
         else:
-            came = f"a file that begins with {start!r}"
-        raise ValueError(f"{wanted}, got {came}") from error
+            got = f"a file that begins with {start!r}"
+        raise ValueError(f"{wanted}, got {got}") from error
     if not isinstance(rows, np.memmap):
         with rows as archive:
             raise ValueError(f"{wanted}, got an archive (.npz or .pt) with {archive.files[:4]}")
@@ -70,7 +70,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Make a file that is complete and on the disk, or not there at all under its name."""
-    temporary = beside(path, ".tmp")
+    temporary = companion(path, ".tmp")
     with naming(path):
         try:
             with open(temporary, "wb") as file:
@@ -107,7 +107,7 @@ def locked(path: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    name = beside(path, ".lock")
+    name = companion(path, ".lock")
     while True:
         lock = open(name, "ab")  # noqa: SIM115
         try:

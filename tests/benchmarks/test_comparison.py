@@ -267,6 +267,7 @@ def test_a_run_is_added_once(tmp_path):
         read_table(table)
 
 
+@pytest.mark.slow
 def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path):
     plan, table = tmp_path / "plan.json", tmp_path / "results" / "table.csv"
     small = {"passes": 2, "batch_size": 64, "num_prototypes": 8, "side": 16, "head_width": 32}

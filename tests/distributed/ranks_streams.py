@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import unit
 from rank_cases import rank_case
 from ranks import LOCAL, assert_same_on_every_rank, raises_everywhere
@@ -9,6 +10,7 @@ from text_encoder import CAPTIONS, TextEncoder
 
 from protoclip_losses import EpisodicClusterer, FeatureCollector, ProtoLoss, StreamEpisodes, TeacherAdapter
 from protoclip_losses.distributed import even_batches
+from protoclip_losses.episodes import extract
 
 SIZES = {"a": 9, "b": 2, "c": 5, "d": 8, "e": 6}  # samples of each shard
 FIRST = dict(zip(SIZES, (0, 9, 11, 16, 24), strict=True))
@@ -102,6 +104,49 @@ def a_pca_that_one_rank_does_not_see_raises_on_all(rank, world_size, folder):
         FileNotFoundError if rank == 1 else ValueError, match=r"h\.npy\.pca" if rank == 1 else r"bad input on rank"
     ):
         TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, place / "h.npy", dim=4, progress=False)
+
+
+@rank_case
+def other_rows_under_the_same_name_raise_on_all(rank, world_size, folder):
+    """As of an older cache on another node's disk: another encoder's rows of the same captions."""
+    if world_size == 1:
+        return
+    own = folder / f"node{int(rank > 0)}"
+    if rank < 2:
+        encode = TextEncoder(seed=rank)
+        TeacherAdapter.from_encoder(encode, CAPTIONS, own / "o.npy", dim=None, progress=False, process_group=False)
+    dist.barrier()
+    with pytest.raises(ValueError, match="ranks must pass input of one kind"):
+        TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, own / "o.npy", dim=4, progress=False)
+
+
+@rank_case
+def captions_of_one_rank_that_are_others_raise_on_all(rank, world_size, folder):
+    TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, folder / "c.npy", dim=None, progress=False)
+    if world_size > 1:
+        captions = CAPTIONS[::-1] if rank == world_size - 1 else CAPTIONS
+        call = lambda: TeacherAdapter.from_encoder(TextEncoder(), captions, folder / "c.npy", progress=False)  # noqa: E731
+        raises_everywhere(call, world_size - 1, ValueError, r"c\.npy was made from other texts")
+
+
+@rank_case
+def features_are_extracted_by_all_or_by_none(rank, world_size, folder):
+    """A rank that has no batch gets an empty bank of the others' width; an error on one rank is raised on all."""
+    model = torch.nn.Linear(4, 3)
+
+    def project(rows):
+        if rank == world_size - 1 and len(rows) == 2:
+            raise OSError("picture is gone")
+        return rows, model(IMAGE[rows]), model(TEXT[rows])
+
+    mine = [] if rank == 1 else [torch.arange(5) + 5 * rank]
+    bank = extract(model, mine, project)
+    assert (len(bank), bank.dim) == (5 * len(mine), 3)
+    assert EpisodicClusterer(2).build(bank).terms["image", "text"].prototypes.shape == (2, 3)
+    raises_everywhere(lambda: extract(model, [torch.arange(2)], project), world_size - 1, OSError, "picture is gone")
+    with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
+        extract(model, [], project)
+    assert model.training
 
 
 @rank_case

@@ -1,5 +1,6 @@
 """FeatureCollector: the bank of an episode whose samples are known only as they come."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,52 @@ def test_bad_updates_are_named_and_add_nothing(collector, change, error, message
 def test_the_state_of_another_width_is_an_error(collector):
     with pytest.raises(ValueError, match="image_features must have width 5"):
         FeatureCollector(dim=5).load_state_dict(collector.state_dict())
+
+
+def test_it_prints_what_it_is(collector):
+    assert repr(FeatureCollector(dim=3)) == "FeatureCollector(0 samples, dim=3, modalities=[], teachers=[], torch.float32 on cpu)"
+    assert repr(collector) == (
+        "FeatureCollector(10 samples, dim=4, modalities=['image', 'text', 'audio'], teachers=['t'], torch.float32 on cpu)"
+    )
+
+
+def test_a_forgotten_no_grad_is_said_once():
+    collector, layer = FeatureCollector(dim=4), torch.nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match=r"features \['text'\] were computed with gradients"):
+        collector.update(INDEX[:2], IMAGE[:2], layer(TEXT[:2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collector.update(INDEX[2:], IMAGE[2:], layer(TEXT[2:]))
+    assert not collector.bank().features["text"].requires_grad
+
+
+def test_the_state_of_0_6_is_read(collector):
+    state = {name: collector.state_dict()[name] for name in ("index", "features", "teachers")}
+    other = FeatureCollector(dim=4)
+    other.load_state_dict(state)
+    assert torch.equal(other.teachers()["t"][INDEX], TEACHER)
+    assert other.bank().modalities == ("image", "text", "audio")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": {}, "teachers": []}, ValueError, "must hold features of the 10 rows that it calls written, got none"),
+        ({"features": {"t": TEACHER}}, ValueError, r"must hold the features of .*, got \['t'\]"),
+        ({"features": {"image": IMAGE, "text": TEXT[:9]}, "teachers": []}, ValueError, "text_features must have 10 rows"),
+        ({"index": INDEX.tolist()}, TypeError, "index must be a torch.Tensor, got list"),
+        ({"index": INDEX[:9]}, ValueError, "image_features must have 9 rows"),
+        ({"teachers": ["t", "u"]}, ValueError, r"'teachers'\] must name features that are no modality's, got \['u'\]"),
+        ({"teachers": ["text"]}, ValueError, r"'teachers'\] must name features that are no modality's, got \['text'\]"),
+        ({"format": 2}, ValueError, "state_dict of FeatureCollector must have format 1 or earlier, got 2"),
+        *[({name: None}, ValueError, f"got one without '{name}'") for name in ("index", "features", "teachers")],
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(collector, change, error, message):
+    state = {name: value for name, value in {**collector.state_dict(), **change}.items() if value is not None}
+    other = FeatureCollector(dim=4)
+    collect(other, torch.arange(3))
+    with pytest.raises(error, match=message):
+        other.load_state_dict(state)
+    assert torch.equal(other.index, INDEX[:3])
+    assert torch.equal(other.teachers()["t"][INDEX[:3]], TEACHER[:3])

@@ -1,7 +1,9 @@
 """StreamEpisodes: episodes over shards without an index."""
 
 import collections
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -315,6 +317,111 @@ def test_the_state_of_another_pass_is_an_error(stream, number, change, name):
         stream.episode(number).batches(read, decode, **settings).load_state_dict(state)
 
 
+def test_the_state_of_0_6_is_read(stream):
+    """The names that 0.6 gave; it saved neither the seed nor the shards."""
+    passing = stream.episode(0).batches(read, decode, 4, shuffle_buffer=3)
+    batches = iter(passing)
+    next(batches), next(batches)
+    state = {
+        "episode": 0,
+        "batch_size": 4,
+        "shuffle": 3,
+        "places": [0, 1],
+        "pieces": [2],
+        "turn": 0,
+        "sizes": passing.state_dict()["shard_sizes"],
+        "samples": 8,
+        "dropped": 0,
+    }
+    resumed = stream.episode(0).batches(read, decode, 4, shuffle_buffer=3)
+    resumed.load_state_dict(state)
+    assert passed(resumed) == passed(batches)
+    with pytest.raises(ValueError, match="state_dict has shuffle_buffer=3 but this StreamPass has shuffle_buffer=5"):
+        stream.episode(0).batches(read, decode, 4, shuffle_buffer=5).load_state_dict(state)
+    with pytest.raises(ValueError, match="state_dict has num_workers=1 but this StreamPass has num_workers=2"):
+        stream.episode(0).batches(read, decode, 4, shuffle_buffer=3, num_workers=2).load_state_dict(state)
+    names = hashlib.sha256("\0".join(stream.shards).encode()).hexdigest()
+    settings = {"shards": names, "shards_per_episode": len(SIZES), "seed": 3}
+    stream.load_state_dict({"number": 5, **settings})
+    assert stream.number == 5
+    with pytest.raises(ValueError, match="state_dict has seed=4 but this StreamEpisodes has seed=3"):
+        stream.load_state_dict({"number": 6, **settings, "seed": 4})
+    with pytest.raises(ValueError, match="state_dict has shards="):
+        stream.load_state_dict({"number": 6, **settings, "shards": names[::-1]})
+    assert stream.number == 5
+
+
+def test_the_state_of_another_seed_or_of_other_shards_is_an_error(stream):
+    state = stream.episode(0).batches(read, decode, 4).state_dict()
+    for shards, seed, name in (
+        (stream.shards, 4, "seed"),
+        (stream.shards[::-1], 3, "shards"),
+        ([*stream.shards[1:], "x"], 3, "shards"),
+    ):
+        other = StreamEpisodes(shards, len(SIZES), seed=seed).episode(0).batches(read, decode, 4)
+        with pytest.raises(ValueError, match=f"state_dict has {name}=.* but this StreamPass has {name}="):
+            other.load_state_dict(state)
+
+
+def test_names_of_shards_are_told_apart_wherever_one_ends():
+    one, other = StreamEpisodes(["a", "b\0c"], 1), StreamEpisodes(["a\0b", "c"], 1)
+    with pytest.raises(ValueError, match="state_dict has shards="):
+        other.load_state_dict(one.state_dict())
+    named = StreamEpisodes(["caf\udce9.tar"], 1)  # bytes in a file's name that are no UTF-8
+    named.load_state_dict(named.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *[
+            ({name: None}, f"got one without '{name}'")
+            for name in (
+                "episode",
+                "seed",
+                "shards",
+                "batch_size",
+                "shuffle_buffer",
+                "shard_ids",
+                "num_workers",
+                "batches_read",
+                "next_worker",
+                "shard_sizes",
+                "samples",
+                "dropped",
+            )
+        ],
+        ({"format": 2}, "state_dict of StreamPass must have format 1 or earlier, got 2"),
+        ({"batches_read": [1, 2, 3]}, r"a number of batches for each of 2 workers as 'batches_read'.*got \[1, 2, 3\] and 1"),
+        ({"next_worker": 2}, "one of them as 'next_worker', got .* and 2"),
+        ({"next_worker": -1}, r"state_dict\['next_worker'\] of StreamPass must be an int of at least 0, got -1"),
+        ({"samples": "8"}, r"state_dict\['samples'\] of StreamPass must be an int of at least 0, got '8'"),
+        (
+            {"shard_sizes": torch.zeros(3, dtype=torch.int64)},
+            r"state_dict\['shard_sizes'\] must have 8 entries as the episode has",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(stream, change, message):
+    passing, other = (stream.episode(0).batches(read, decode, 4, num_workers=2) for _ in range(2))
+    next(iter(passing))
+    before = other.state_dict()
+    state = {name: value for name, value in {**passing.state_dict(), **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    after = other.state_dict()
+    assert torch.equal(after.pop("shard_sizes"), before.pop("shard_sizes"))
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["number", "shards", "shards_per_episode", "seed"])
+def test_a_state_of_a_stream_without_an_entry_names_it(name):
+    stream = StreamEpisodes(["a", "b"], 1)
+    state = {key: value for key, value in stream.state_dict().items() if key != name}
+    with pytest.raises(ValueError, match=f"state_dict must be that of StreamEpisodes, got one without '{name}'"):
+        stream.load_state_dict(state)
+
+
 # --- samples that are left out --------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +462,14 @@ def test_too_many_of_them_are_an_error_that_shows_the_last(tmp_path):
     assert passing.dropped == 100
 
 
+def test_an_error_without_a_message_is_named_by_its_type(stream):
+    def no_picture(line):
+        return next(iter([]))
+
+    with pytest.raises(ValueError, match=r"the last time: StopIteration \(sample 3 of .*\.txt\)"):
+        passed(StreamEpisodes(stream.shards[3:4], 1).episode(0).batches(read, no_picture, 4, max_dropped=0.0))
+
+
 def test_the_share_is_of_all_samples_once_there_are_a_thousand(tmp_path):
     stream = StreamEpisodes(write_lines(tmp_path, [3000]), 1)
     late = [f"0/{row}" for row in range(2900, 2928)]
@@ -393,6 +508,30 @@ def test_samples_are_collated_by_torch_or_by_the_caller(stream):
     assert len(lines) == 4
     _, batch = next(iter(episode.batches(read, decode, 4, collate_fn="+".join)))
     assert batch.count("+") == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"), [("workers", "num_workers", 2), ("shuffle", "shuffle_buffer", 4), ("collate", "collate_fn", list)]
+)
+def test_the_keywords_of_0_6_work_with_a_warning(stream, old, new, value):
+    with pytest.warns(FutureWarning, match=rf"batches\({old}=\) is deprecated and goes after 0\.7\.x: use {new}=") as warned:
+        by_old = passed(stream.episode(0).batches(read, decode, 4, **{old: value}))
+    assert warned[0].filename == __file__
+    assert by_old == passed(stream.episode(0).batches(read, decode, 4, **{new: value}))
+    for also in (value, 0):
+        with pytest.raises(TypeError, match=f"batches must be given {new} alone, got {old} as well, its old name"):
+            stream.episode(0).batches(read, decode, 4, **{old: value, new: also})
+
+
+def test_they_print_what_they_are(stream):
+    assert repr(stream) == "StreamEpisodes(8 shards, shards_per_episode=8, seed=3, episodes=None, number=0)"
+    episode = StreamEpisodes(["a.tar", "b.tar"], 2).episode(1)
+    assert repr(episode) == f"StreamEpisode(number=1, 2 shards from {episode.shards[0]!r} on, seed=0)"
+    passing = stream.episode(0).batches(read, fails_for("3/1"), 4, shuffle_buffer=2, world_size=2)
+    parts = "episode 0, 4 of 8 shards, batch_size=4, num_workers=0, shuffle_buffer=2"
+    assert repr(passing) == f"StreamPass({parts}, samples=0, dropped=0)"
+    passed(passing)
+    assert re.fullmatch(rf"StreamPass\({parts}, samples=[1-9]\d*, dropped=[01]\)", repr(passing))
 
 
 def test_further_arguments_reach_the_loader(stream):

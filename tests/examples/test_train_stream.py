@@ -95,6 +95,7 @@ def test_webdataset_shards_are_extracted_clustered_and_trained(emoji: Pairs, sha
         assert " ".join(members[-1]["txt"].decode().split()) == caption
 
 
+@pytest.mark.slow
 def test_killed_in_each_pass_it_ends_with_the_same_weights(shards: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     written = run(*arguments(shards), "--run-dir", str(whole), **STREAM)
@@ -123,6 +124,8 @@ def test_killed_in_each_pass_it_ends_with_the_same_weights(shards: str, tmp_path
     assert steps == sorted({step for step, _ in scalars(killed, "episode/clustering_seconds")})
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_are_stopped_and_go_on(shards: str, tmp_path: Path) -> None:
     how = {**STREAM, "launcher": TORCHRUN}
     run(*arguments(shards), "--run-dir", str(tmp_path / "whole"), **how)
@@ -137,6 +140,7 @@ def test_two_processes_are_stopped_and_go_on(shards: str, tmp_path: Path) -> Non
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_without_arguments_it_makes_shards_learns_and_says_how_well(tmp_path: Path) -> None:
     written = run("--run-dir", str(tmp_path), "--episodes", "3", "--shards-per-episode", "8", **STREAM, threads=2)
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 31

@@ -1,12 +1,15 @@
 """What the integrations share, where no host is needed."""
 
+from collections import UserDict, namedtuple
+
 import pytest
 import torch
 from cases import unit
+from torch.utils.data import DataLoader
 
 from protoclip_losses import EpisodeSampler
 from protoclip_losses._checks import require
-from protoclip_losses.episodes import EpisodeOrder, WithIndex
+from protoclip_losses.episodes import EpisodeOrder, WithIndex, extract
 from protoclip_losses.heads import ProjectionHeads
 
 
@@ -22,6 +25,45 @@ def test_an_index_in_mappings_tuples_and_lists():
         (3, 1),
     ]
     assert len(WithIndex("abc")) == 3
+
+
+def test_items_of_any_kind_carry_an_index():
+    x = torch.ones(2)
+    assert WithIndex([0, 5.0])[1] == (5.0, 1)
+    assert WithIndex(["a", "b"])[1] == ("b", 1)
+    assert WithIndex([x])[0] == (x, 0)
+    assert WithIndex([UserDict(a=1)])[0] == {"a": 1, "index": 0}
+    assert WithIndex([Pair("cat.jpg", "a cat")])[0] == ("cat.jpg", "a cat", 0)
+    assert WithIndex([None, (1, 2)])[0] is None  # a broken sample, for a collate_fn that leaves it out
+
+
+Pair = namedtuple("Pair", "image text")
+
+
+def test_broken_samples_can_be_left_out_by_the_loader():
+    def collate(items):
+        return torch.utils.data.default_collate([item for item in items if item is not None])
+
+    data = WithIndex([(0.5, "a"), None, (1.5, "c"), None])
+    ((values, texts, index),) = DataLoader(data, batch_size=4, collate_fn=collate)
+    assert (values.tolist(), list(texts), index.tolist()) == ([0.5, 1.5], ["a", "c"], [0, 2])
+
+
+def test_data_and_order_print_what_they_are():
+    order = EpisodeOrder(EpisodeSampler(20, 11), 1, 3)
+    order.set_epoch(4)
+    sampler = "EpisodeSampler(dataset_size=20, episode_size=11, seed=0, episodes=None, number=0)"
+    assert repr(order) == f"EpisodeOrder({sampler}, rank=1, world_size=3, epoch=4)"
+    assert repr(WithIndex([1, 2])) == "WithIndex(list of 2 samples)"
+    with pytest.raises(ValueError, match=r"rank must lie in \[0, world_size=3\), got 3"):
+        EpisodeOrder(EpisodeSampler(20, 11), 3, 3)
+
+
+def test_nothing_to_extract_is_an_error():
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
+        extract(model, [], lambda batch: batch)
+    assert model.training
 
 
 def test_ranks_share_the_episode_of_an_epoch():

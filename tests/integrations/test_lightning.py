@@ -59,9 +59,9 @@ def test_the_first_epoch_is_warm_up_and_the_next_has_prototypes(tmp_path, pairs,
     for epoch in (calls[:4], calls[4:]):
         assert sorted(i for index, _ in epoch for i in index) == list(range(ROWS))
     assert not torch.equal(model.proto.logit_scale_proto, start["proto.logit_scale_proto"])
-    term = model.loss.get_extra_state()["prototypes"]["terms"][0]
-    assert term["prototypes"].shape == (4, 32)
-    assert term["labels"].shape == (ROWS,)
+    term = model.loss.prototypes.terms["image", "text"]
+    assert term.prototypes.shape == (4, 32)
+    assert term.labels.shape == (ROWS,)
     assert model.training
 
 

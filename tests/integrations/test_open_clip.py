@@ -162,7 +162,7 @@ def test_online_mode_takes_each_training_sample_once_and_the_data_as_they_are(tm
     assert losses[:third] == [0.0] * third  # warm-up is the first epoch
     assert all(0.5 < x < 4 for x in losses[third:])
     assert "Episode" not in (tmp_path / "run" / "out.log").read_text()
-    state = torch.load(tmp_path / "run" / "checkpoints" / "epoch_3.online_0_of_1", weights_only=True)["online"]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "epoch_3.online_0_of_1", weights_only=True)["prototypes"]
     steps = len(losses)
     assert (state["step"], state["calls"], state["seen"]) == (steps, 2 * steps, 2 * BATCH * steps)
     assert (state["queue_size"], state["every"], state["warmup"]) == (60, 1, steps // 3)
@@ -291,6 +291,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         assert wanted.norm() > 0 or name == "token_embedding.weight", name
 
 
+@pytest.mark.slow
 def test_the_command_of_the_documentation(tmp_path, shards):
     environment = {
         **os.environ,

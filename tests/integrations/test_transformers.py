@@ -197,6 +197,8 @@ def test_what_cannot_work_is_an_error(tmp_path, pairs):
         trainer(tmp_path, (x for x in pairs))
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_end_where_one_does(tmp_path):
     """The example, by torchrun: InfoNCE over both processes' rows, episodes and K-means over both."""
     common = ["--rows", "48", "--epochs", "2", "--save-steps", "100"]

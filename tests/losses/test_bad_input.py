@@ -464,3 +464,32 @@ def whole(check_values):
 def test_nan_in_a_row_of_targets_that_no_label_asks_for_is_not_looked_at():
     want = functional.prototype_cross_entropy(H, P, A[:0].new_zeros(6), 1.0, targets=unit(4, 5, 9))
     assert functional.prototype_cross_entropy(H, P, A[:0].new_zeros(6), 1.0, targets=at(unit(4, 5, 9), 3, NAN)) == want
+
+
+@pytest.mark.parametrize("labels", [[-2, 0], [0, 4], [0, 1]], ids=["below", "above", "of an invalid prototype"])
+def test_unchecked_labels_are_asserted_on_the_device(labels):
+    """Without value checks, the default on CUDA, a wrong label selected another prototype."""
+    labels = torch.tensor(labels)
+    valid = torch.tensor([True, False, True, True])
+    h = torch.eye(2, 3)
+    for call in (
+        lambda: prototype_cross_entropy(h, P.to(h), labels, 1.0, valid=valid, check_values=False),
+        lambda: PrototypeLoss(None, check_values=False)(h, P.to(h), C.to(h), labels, 1.0, valid=valid),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_unchecked_labels_that_are_ignored_or_soft_are_no_error():
+    valid = torch.tensor([True, False, True, True])
+    h = torch.eye(2, 3)
+    value = prototype_cross_entropy(h, P.to(h), torch.tensor([-1, 0]), 1.0, valid=valid, check_values=False)
+    assert torch.equal(value, prototype_cross_entropy(h, P.to(h), torch.tensor([-1, 0]), 1.0, valid=valid))
+    soft = prototype_cross_entropy(h, P.to(h), torch.tensor([1, 0]), 1.0, targets=P.to(h), valid=valid, check_values=False)
+    assert soft.isfinite()
+
+
+@pytest.mark.parametrize("label", [-2, 3, 7])
+def test_unchecked_labels_of_back_translation_are_asserted_on_the_device(label):
+    with pytest.raises(RuntimeError):
+        back_translate(torch.tensor([0, label]), torch.eye(2), 3, check_values=False)

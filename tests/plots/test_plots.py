@@ -11,6 +11,8 @@ from pair_files import emoji_with_groups
 from PIL import Image
 
 from protoclip_losses import plots
+from protoclip_losses.plots._style import COLOURS
+from protoclip_losses.plots.loss_curves import running_mean
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,9 @@ def test_loss_curves_draw_the_terms_that_occur(tmp_path):
     assert external < 1e-4
 
 
-def test_running_mean_starts_anew_after_a_gap():
+def test_running_mean_restarts_after_a_gap():
     nan = float("nan")
-    got = plots._running_mean([1.0, 3.0, 5.0, nan, 7.0, 9.0], 2)
+    got = running_mean([1.0, 3.0, 5.0, nan, 7.0, 9.0], 2)
     np.testing.assert_allclose(got, [1, 2, 4, nan, 7, 8])
 
 
@@ -59,11 +61,55 @@ def test_modality_map_shows_every_category_and_both_modalities(emoji, tmp_path):
     _, image, groups = emoji
     names = [f"group {i}" for i in range(9)]
     path = plots.modality_map(image, image.roll(1, 0) + 1.0, groups, names, str(tmp_path / "map.png"))
-    assert min(colour_shares(path, *plots._COLOURS[:9])) > 1e-4
+    assert min(colour_shares(path, *COLOURS[:9])) > 1e-4
     path = plots.modality_map(image, image + 1.0, None, None, tmp_path / "plain.png")
-    both = colour_shares(path, *plots._COLOURS[:3])
+    both = colour_shares(path, *COLOURS[:3])
     assert min(both[:2]) > 1e-4
     assert both[2] < 1e-5
+
+
+def test_modality_map_of_more_categories_than_colours(emoji, tmp_path):
+    """The eleven largest keep a colour each, the others share grey; the legend is no longer than the picture is high."""
+    _, image, _ = emoji
+    names = [f"a category of many, number {i}" for i in range(60)]
+    categories = torch.arange(len(image)).remainder(60).where(torch.arange(len(image)) % 3 > 0, torch.arange(len(image)) % 11)
+    path = plots.modality_map(image, image + 1.0, categories, names, tmp_path / "map.png")
+    shares = colour_shares(path, *COLOURS)
+    assert min(shares) > 1e-4
+    drawn = np.nonzero((np.abs(pixels_of(path) - [0x7F] * 3).max(2) < 24)[:, :1000].any(1))[0]
+    assert np.ptp(drawn) > 500  # of 924 rows: the legend leaves the points their room
+
+
+def test_modality_map_of_features_of_any_finite_scale(emoji, tmp_path):
+    _, image, groups = emoji
+    names = [f"group {i}" for i in range(9)]
+    text = image.roll(1, 0) + 1.0
+    want = pixels_of(plots.modality_map(image.double(), text.double(), groups, names, tmp_path / "a.png"))
+    for scale in (2.0**300, 2.0**-600):
+        got = plots.modality_map(image.double() * scale, text.double(), groups.short(), names, tmp_path / "b.png")
+        assert (pixels_of(got) == want).mean() > 0.999
+
+
+def test_dollar_signs_are_no_formulas(tmp_path):
+    names = ["$x_{ costs $5", "b"]
+    assert plots.modality_map(X, X, torch.tensor([0, 0, 1, 1]), names, tmp_path / "a.png").exists()
+    assert plots.cluster_grid(PICTURES, torch.zeros(4, dtype=torch.int32), ["$x_{ costs $5"] * 4, tmp_path / "b.png").exists()
+
+
+def test_a_single_record_is_visible(tmp_path):
+    path = plots.loss_curves([{"step": 3, "loss": 1.5, "contrastive_loss": 1.0, "logit_scale": 14.0}], tmp_path / "one.png")
+    rows = np.nonzero((np.abs(pixels_of(path) - [0x00, 0x72, 0xB2]).max(2) < 24)[:, :900].sum(1))[0]
+    assert len(rows) > 10  # left of the legends: the dots of the loss and of the scale
+
+
+@pytest.mark.parametrize("per_cluster", [1, 2, 7])
+def test_a_narrow_cluster_grid_leaves_room_for_its_title(per_cluster, tmp_path):
+    path = plots.cluster_grid(
+        PICTURES[:2], torch.zeros(2, dtype=torch.int64), ["a", "b"], tmp_path / "g.png", per_cluster=per_cluster
+    )
+    dark = (pixels_of(path) < 128).all(2)[:70]
+    assert dark.any()
+    assert not dark[:, -5:].any()
 
 
 def test_cluster_grid_shows_pictures_of_one_cluster_in_a_row(tmp_path):
@@ -100,24 +146,39 @@ def test_small_and_odd_input(tmp_path):
     assert plots.cluster_grid(one, torch.tensor([4]), [""], tmp_path / "c.png").exists()
 
 
-X = torch.eye(4)
+X, Y = torch.eye(4), torch.arange(4)
 PICTURES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: plots.loss_curves([], p), "records: got 0"),
-        (lambda p: plots.loss_curves([{"loss": 1.0}], p), "a 'step' in each"),
-        (lambda p: plots.loss_curves([{"step": 1, "other": 1.0}], p), "records: got none of loss"),
-        (lambda p: plots.modality_map(X, X[:3], None, None, p), r"got shapes \(4, 4\) and \(3, 4\)"),
-        (lambda p: plots.modality_map(X, X, torch.arange(4), None, p), "got one without the other"),
-        (lambda p: plots.modality_map(X, X, torch.arange(3), ["a"] * 4, p), r"categories: got shape \(3,\)"),
-        (lambda p: plots.modality_map(X, X, torch.arange(4), ["a"], p), r"outside \[0, 1\)"),
-        (lambda p: plots.cluster_grid(PICTURES, torch.arange(3), ["a"] * 4, p), r"labels: got shape \(3,\)"),
-        (lambda p: plots.cluster_grid(PICTURES[:3], torch.arange(4), ["a"] * 4, p), "pictures: got shape"),
-        (lambda p: plots.cluster_grid(PICTURES, torch.arange(4) - 9, ["a"] * 4, p), "no row that is in a cluster"),
-        (lambda p: plots.cluster_grid(PICTURES, torch.arange(4), ["a"] * 4, p, num_clusters=0), "wanted at least 1"),
+        (lambda p: plots.loss_curves([], p), "records must have at least one record, got none"),
+        (lambda p: plots.loss_curves([{"loss": 1.0}], p), "records must have a 'step' in each, got one without at position 0"),
+        (
+            lambda p: plots.loss_curves([{"step": 1, "other": 1.0}], p),
+            "records must have a value other than zero of loss, .*",
+        ),
+        (lambda p: plots.modality_map(X, X[:3], None, None, p), r"text must have 4 rows as image, got shape \(3, 4\)"),
+        (
+            lambda p: plots.modality_map(X[:, :1], X[:, :1], None, None, p),
+            r"image must have at least 2 .*, got shape \(4, 1\)",
+        ),
+        (lambda p: plots.modality_map(X / 0, X, None, None, p), "image must be finite, got NaN or Inf: 4 of 4 rows"),
+        (lambda p: plots.modality_map(X, X, torch.arange(4), None, p), "categories and names must be given together, got one"),
+        (lambda p: plots.modality_map(X, X, torch.arange(3), ["a"] * 4, p), "categories must have 4 entries as image .*, got 3"),
+        (lambda p: plots.modality_map(X, X, torch.arange(4), ["a"], p), r"categories must lie in \[0, 1\) as names .*, got 1"),
+        (lambda p: plots.cluster_grid(PICTURES, torch.arange(3), ["a"] * 4, p), "labels must have 4 entries as captions, got 3"),
+        (
+            lambda p: plots.cluster_grid(PICTURES[:3], torch.arange(4), ["a"] * 4, p),
+            r"pictures must have shape \(4, 3, H, W\) as labels, got shape \(3, 3, 8, 8\)",
+        ),
+        (
+            lambda p: plots.cluster_grid(PICTURES, torch.arange(4) - 9, ["a"] * 4, p),
+            "labels must be 0 or more for at least one row, got no row that is in a cluster",
+        ),
+        (lambda p: plots.cluster_grid(PICTURES, Y, ["a"] * 4, p, num_clusters=0), "num_clusters must be at least 1, got 0"),
+        (lambda p: plots.cluster_grid(PICTURES, Y, ["a"] * 4, p, per_cluster=0), "per_cluster must be at least 1, got 0"),
     ],
 )
 def test_bad_input_names_the_argument(call, message, tmp_path):
@@ -125,10 +186,26 @@ def test_bad_input_names_the_argument(call, message, tmp_path):
         call(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: plots.modality_map(X.long(), X, None, None, p), "image must be float16, .*, got torch.int64"),
+        (lambda p: plots.modality_map(X, X, Y.float(), ["a"] * 4, p), "categories must be of an integer .*, got torch.float32"),
+        (lambda p: plots.cluster_grid(PICTURES, Y.float(), ["a"] * 4, p), "labels must be of an integer .*, got torch.float32"),
+        (lambda p: plots.cluster_grid(PICTURES, Y, "aaaa", p), "captions must be a list of strings, got a single str"),
+    ],
+)
+def test_wrong_types_are_named(call, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        call(tmp_path / "x.png")
+
+
 def test_pyplot_is_left_alone_and_a_missing_matplotlib_named(tmp_path):
     code = f"""
 import sys
 from protoclip_losses import plots
+from protoclip_losses.plots._style import COLOURS
+from protoclip_losses.plots.loss_curves import running_mean
 assert "matplotlib" not in sys.modules
 plots.loss_curves([{{"step": 1, "loss": 2.0}}], {str(tmp_path / "a.png")!r})
 assert "matplotlib.pyplot" not in sys.modules

@@ -114,7 +114,7 @@ def same(one: Any, other: Any) -> bool:
 def holds_prototypes(run_dir: Path) -> bool:
     """Each rank's loss, in either mode."""
     states = [state["_extra_state"] for state in loss_states(run_dir)]
-    return all(state["is_set"] and (state.get("prototypes") or state.get("online")) is not None for state in states)
+    return all(state["is_set"] and state["prototypes"] is not None for state in states)
 
 
 def assert_clustering_is_in_tensorboard(whole: Path, interrupted: Path, builds: int) -> None:

@@ -1,6 +1,8 @@
 """TeacherAdapter: features of an external teacher by sample index, and their PCA."""
 
 import json
+import os
+import pickle
 import signal
 
 import numpy as np
@@ -130,10 +132,82 @@ def test_a_file_that_is_not_a_matrix_of_floats_is_named(tmp_path):
         TeacherAdapter.from_file(save(tmp_path, np.ones(4)))
     with pytest.raises(TypeError, match=r"teacher\.npy must hold floats of 16, 32 or 64 bits, got int64"):
         TeacherAdapter.from_file(save(tmp_path, np.ones((4, 2), dtype="int64")))
-    with pytest.raises(ValueError, match="Python objects"):
+    with pytest.raises(ValueError, match=r"teacher\.npy .*Python objects"):
         TeacherAdapter.from_file(save(tmp_path, np.array([[{}]], dtype=object)))
     with pytest.raises(FileNotFoundError):
         TeacherAdapter.from_file(tmp_path / "none.npy")
+
+
+def write_npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, a=np.ones((3, 2)))
+
+
+def cut_short(path):
+    np.save(path, np.ones((300, 2)))
+    os.truncate(path, 500)
+
+
+@pytest.mark.parametrize(
+    ("write", "came"),
+    [
+        (write_npz, r"an archive \(\.npz or \.pt\) with \['a'\]"),
+        (lambda path: torch.save(torch.ones(3, 2), path), "an archive"),
+        (lambda path: path.write_bytes(b""), "an empty file"),
+        (lambda path: np.ones((30, 2), "f4").tofile(path), r"a file that begins with b'\\x00\\x00\\x80\?"),
+        (lambda path: path.write_text("<!DOCTYPE html><html>"), "a file that begins with b'<!DOCTYPE html>"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "a file that begins with b'version https"),
+        (lambda path: path.write_bytes(pickle.dumps([1.0, 2.0])), "a file that begins with b'"),
+        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "a file that begins with b'PK"),
+        (lambda path: np.save(path, np.array([[{}]], dtype=object)), "a file that is cut short or of another kind .*objects"),
+        (cut_short, "a file that is cut short or of another kind .*mmap length"),
+        (lambda path: path.write_bytes(b"\x93NUMPY\1"), "a file that is cut short"),
+    ],
+    ids=["npz", "pt", "empty", "raw", "html", "lfs", "pickle", "cut zip", "objects", "cut npy", "cut header"],
+)
+def test_another_kind_of_file_is_an_error_that_names_it(tmp_path, write, came):
+    path = tmp_path / "teacher.npy"
+    write(path)
+    with pytest.raises(
+        ValueError, match=rf"(?s)teacher\.npy must be a \.npy file with a 2-dimensional array of floats.*got {came}"
+    ):
+        TeacherAdapter.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (np.float32(3), ValueError, r"must hold a 2-dimensional array \(samples, width\), got shape \(\)"),
+        (np.ones((2, 2, 2)), ValueError, r"got shape \(2, 2, 2\)"),
+        (np.ones((3, 2), complex), TypeError, "must hold floats of 16, 32 or 64 bits, got complex128"),
+        (np.zeros((3, 2), [("a", "f4")]), TypeError, "must hold floats of 16, 32 or 64 bits, got"),
+        (np.full((3, 2), "x"), TypeError, "must hold floats of 16, 32 or 64 bits, got <U1"),
+    ],
+)
+def test_another_kind_of_array_is_an_error_that_names_its_file(tmp_path, rows, error, message):
+    with pytest.raises(error, match=rf"teacher\.npy .*{message}"):
+        TeacherAdapter.from_file(save(tmp_path, rows))
+
+
+def test_long_doubles_are_named(tmp_path):
+    if np.dtype("g").itemsize == 8:
+        pytest.skip("none here")
+    with pytest.raises(TypeError, match=r"teacher\.npy must hold floats of 16, 32 or 64 bits, got float"):
+        TeacherAdapter.from_file(save(tmp_path, np.ones((3, 2), "g")))
+
+
+@pytest.mark.parametrize("dim", [None, 3])
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", "<f4"])
+def test_either_byte_order_is_read_right(tmp_path, dtype, dim):
+    rows = spread().numpy().astype(dtype)
+    teacher = TeacherAdapter.from_file(save(tmp_path, rows), dim)
+    wanted = TeacherAdapter.from_tensor(torch.from_numpy(rows.astype(rows.dtype.newbyteorder("="))), dim)
+    assert torch.equal(teacher[torch.arange(200)], wanted[torch.arange(200)])
+
+
+def test_columns_first_are_read_right(tmp_path):
+    rows = np.asfortranarray(spread().float().numpy())
+    assert torch.equal(TeacherAdapter.from_file(save(tmp_path, rows))[torch.arange(200)], torch.from_numpy(rows))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +311,59 @@ def test_a_teacher_without_pca_says_so_in_its_state():
 def test_the_pca_of_another_width_is_an_error():
     with pytest.raises(ValueError, match="state_dict is of width 12, this teacher's rows of 5"):
         TeacherAdapter.from_tensor(unit(9, 5)).load_state_dict(TeacherAdapter.from_tensor(spread(), 4).state_dict())
+
+
+def test_the_state_of_0_6_is_read():
+    teacher, other = TeacherAdapter.from_tensor(spread(), 4), TeacherAdapter.from_tensor(spread(seed=8))
+    other.load_state_dict({"mean": teacher.pca.mean, "components": teacher.pca.components})
+    assert torch.equal(other.pca(spread()), teacher[torch.arange(200)])
+
+
+STATE = TeacherAdapter.from_tensor(spread(), 4).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"format": 2}, ValueError, "format 1 or earlier, got 2"),
+        ({"normalize": True}, ValueError, "state_dict has normalize=True but this TeacherAdapter has normalize=False"),
+        ({"components": STATE["components"][:5]}, ValueError, r"components'\] must have 12 rows .*got shape \(5, 4\)"),
+        ({"components": STATE["components"][:, :3]}, ValueError, r"components'\] must have width 4 .*got shape \(12, 3\)"),
+        ({"components": STATE["components"].long()}, TypeError, r"components'\] must be float16"),
+        ({"components": STATE["components"] * torch.nan}, ValueError, r"components'\] must be finite"),
+        ({"mean": STATE["mean"][:, None].expand(-1, 2)}, ValueError, r"mean must have shape \(12,\) .*got \(12, 2\)"),
+        *[({name: None}, ValueError, f"got one without '{name}'") for name in ("mean", "components", "dim", "normalize")],
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, error, message):
+    teacher = TeacherAdapter.from_tensor(spread(seed=8), 2)
+    before = teacher.pca
+    state = {name: value for name, value in {**STATE, **change}.items() if value is not None}
+    with pytest.raises(error, match=message):
+        teacher.load_state_dict(state)
+    assert teacher.pca is before
+
+
+def test_a_loaded_pca_shares_no_memory_with_the_one_saved():
+    teacher, other = TeacherAdapter.from_tensor(spread(), 4), TeacherAdapter.from_tensor(spread(seed=8))
+    other.load_state_dict(teacher.state_dict())
+    other.pca.mean.zero_()
+    assert teacher.pca.mean.any()
+
+
+def test_it_prints_what_it_is(tmp_path):
+    assert repr(TeacherAdapter.from_tensor(spread())) == "TeacherAdapter(200 samples, dim=12, float64)"
+    assert repr(TeacherAdapter.from_tensor(spread(), 4).pca) == "PCA(12 -> 4)"
+    assert repr(encoded(tmp_path / "t.npy", dim=4)) == "TeacherAdapter(36 samples, dim=4, float16, PCA(12 -> 4), normalize=True)"
+
+
+def test_a_pca_needs_rows_and_no_more_directions_than_they_have():
+    with pytest.raises(ValueError, match="blocks must hold at least one row, got none"):
+        PCA.fit([], 2)
+    with pytest.raises(ValueError, match="dim must be at most the width 12 of the rows, got 13"):
+        PCA.fit([spread()], 13)
+    with pytest.raises(ValueError, match=r"mean must have shape \(12,\) as components has rows, got \(11,\)"):
+        PCA(torch.zeros(11), torch.zeros(12, 3))
 
 
 # --- an encoder, run once -----------------------------------------------------------------------------------------------------
