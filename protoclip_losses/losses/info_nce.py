@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
 from ..functional.info_nce import check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
+from .module import LossModule
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(LossModule):
     r"""InfoNCE over the batch of all processes.
 
     .. math::

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, active_group, check_process_group, validate_rows
@@ -13,13 +13,14 @@ from ..functional.info_nce import check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, PrototypeSource, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
+from .module import LossModule
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
 
 SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
 
-class ProtoLoss(nn.Module):
+class ProtoLoss(LossModule):
     r"""The ProtoCLIP objective: InfoNCE and a sum over prototype terms.
 
     **Use it when:** you train a CLIP and want all of it in one module.

@@ -377,3 +377,16 @@ def a_group_of_one_is_one_process(rank, world_size, folder):
     assert (active_group(None) is None) == (world_size == 1)
     image, text = unit(rank + 2, 4, 1), unit(rank + 2, 4, 2)
     assert_near(InfoNCE(process_group=groups[rank])(image, text, 10.0), dense.info_nce(image, text, 10.0))
+
+
+@rank_case
+def a_copy_of_a_loss_communicates_with_the_same_group(rank, world_size, folder):
+    group = dist.new_group(list(range(world_size)))
+    whole = unit(sum(SHARES[:world_size]), 4)
+    x = whole[own_rows(rank)]
+    for module in (InfoNCE(process_group=group), ProtoLoss(process_group=group)):
+        if isinstance(module, ProtoLoss):
+            module.set_prototypes(None)
+        other = copy.deepcopy(module)
+        assert other.process_group is group
+        assert torch.equal(other(x, x, 10.0), module(x, x, 10.0))

@@ -579,6 +579,27 @@ def test_state_without_prototypes_is_without_again(tmp_path):
         loss(*z, 10.0)
 
 
+def test_a_checkpoint_from_before_the_loss_was_there_loads():
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2)})
+    state = model.state_dict()
+    model["loss"] = built(episode())
+    model.load_state_dict(state, strict=True)
+    assert model["loss"].prototypes is not None
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
+        model.load_state_dict({"head.weight": state["head.weight"]}, strict=True)
+
+
+def test_a_copy_has_prototypes_of_its_own():
+    prototypes = episode()
+    loss = built(prototypes)
+    z, h, index = batch(prototypes)
+    want = call(loss, z, h, 10.0, 7.0, index)
+    other = copy.deepcopy(loss)
+    other.prototypes.terms["image", "text"].prototypes.zero_()
+    other.set_prototypes(None)
+    assert torch.equal(call(loss, z, h, 10.0, 7.0, index), want)
+
+
 def test_a_loaded_loss_takes_the_settings_of_the_loss_that_loads():
     prototypes = episode()
     hard, soft = ProtoLoss(target_temperature=None), built(prototypes, target_temperature=0.3)

@@ -1,0 +1,30 @@
+"""What the modules of this folder share that hold a process group or a state."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..distributed import Group
+
+
+class LossModule(nn.Module):
+    """A loss that can be copied with its process group, and that loads from a checkpoint made before the model had it."""
+
+    process_group: Group | bool | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LossModule":
+        """A copy that communicates with the same processes: a group itself cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint without this loss leaves it as it is, also with ``strict=True``."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys: list[str] = args[2]
+        if f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
