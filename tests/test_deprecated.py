@@ -193,6 +193,7 @@ def test_call_forms_of_0_6_warn_at_the_line_of_the_user_and_mean_what_they_did()
             PrototypeTerm(prototypes=torch.eye(2), teacher_centroids=torch.ones(2, 3), labels=labels, valid=valid),
         ]
         online.update({"image": x, "text": x}, {})
+        online.check({"image": x, "text": x})
         nearest = online.labels("image", x)
         total = loss(x, x, 1.0, teacher_features=x)
         batches = passing.batches(lambda shard: range(5), int, 2, workers=0, shuffle=2, collate=list)
@@ -202,6 +203,7 @@ def test_call_forms_of_0_6_warn_at_the_line_of_the_user_and_mean_what_they_did()
         "output_dict as the fourth positional argument of InfoNCE",
         *["PrototypeTerm(prototypes, teacher_centroids, labels, valid)"] * 2,
         "OnlinePrototypes.update",
+        "OnlinePrototypes.check",
         "OnlinePrototypes.labels(teacher, features)",
         "teacher_features as a single tensor",
         *[f"batches({old}=)" for old in ("workers", "shuffle", "collate")],

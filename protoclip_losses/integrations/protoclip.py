@@ -102,7 +102,7 @@ class ProtoLoss(nn.Module):
             teacher_temperature: of the soft targets; not positive means hard targets.
             labels: (B,) int64 clusters; -1 is ignored.
         """
-        temperature = check.temperature("teacher_temperature", teacher_temperature) if teacher_temperature > 0 else None
+        temperature = None if teacher_temperature <= 0 else check.temperature("teacher_temperature", teacher_temperature)
         names = "student_features", "student_centroids"
         row_mask, safe = check_term(student_features, student_centroids, labels, None, -1, temperature is None, None, names)
         scale = check.scale("logit_scale_student", logit_scale_student, student_features, None)
