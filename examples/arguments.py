@@ -31,7 +31,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     method.add_argument("--cluster-device", default="cpu", help="device of K-means: cpu or cuda")
     method.add_argument("--queue-size", type=int, help="online: recent pairs that are clustered; default: 10 per prototype")
     method.add_argument("--renew-every", type=int, help="online: steps between updates of the prototypes; default: a full queue")
-    method.add_argument("--target-temperature", type=float, default=0.01, help="of the soft targets; 0 or less: hard targets")
+    method.add_argument("--target-temperature", type=float, default=0.01, help="of the soft targets; 0: hard targets")
     method.add_argument("--external-target-temperature", type=float, default=0.0, help="the same for the external teacher")
     method.add_argument("--weight-clip", type=float, default=1.0, help="weight of InfoNCE")
     method.add_argument("--weight-proto", type=float, default=1.0, help="weight of the image and text prototype terms")

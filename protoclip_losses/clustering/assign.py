@@ -42,8 +42,11 @@ def nearest(points: Tensor, centroids: Tensor, num_labels: int) -> Tensor:
     """The ``num_labels`` nearest centroids of each row, nearest first: (N, num_labels) int64; the lowest id among equals."""
     centroids, origin = _centered(centroids, points.device)
     scores = Scores(centroids)
-    blocks = [scores.nearest(block.float() - origin, num_labels) for block in torch.split(points, scores.step)]
-    return torch.cat(blocks) if blocks else torch.empty((0, num_labels), dtype=torch.int64, device=points.device)
+    labels = torch.empty((len(points), num_labels), dtype=torch.int64, device=points.device)
+    for start in range(0, len(points), scores.step):
+        rows = slice(start, start + scores.step)
+        labels[rows] = scores.nearest(points[rows].float() - origin, num_labels)
+    return labels
 
 
 def _centered(centroids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

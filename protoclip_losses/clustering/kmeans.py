@@ -27,9 +27,9 @@ SETTINGS = ("niter", "nredo", "backend", "spherical", "seed", "device", "tol", "
 class KMeansResult:
     """A clustering of N rows, which also labels new rows.
 
-    Use it when: you want the labels of the rows that were clustered, or of others by :meth:`predict`.
-    Not when: you train with prototypes: :class:`Prototypes` has the clusterings of an episode by sample index.
-    Related: :class:`KMeans`, which returns it; :class:`ClusteringReport`.
+    **Use it when:** you want the labels of the rows that were clustered, or of others by :meth:`predict`.
+    **Not when:** you train with prototypes: :class:`Prototypes` has the clusterings of an episode by sample index.
+    **Related:** :class:`KMeans`, which returns it; :class:`ClusteringReport`.
 
     Attributes:
         centroids: (K, D) float32, equal on every rank; normalised only with ``spherical``.
@@ -97,10 +97,10 @@ class KMeans:
 
     Lloyd's algorithm in float32. Under torch.distributed each rank passes its own rows, and every rank gets the same centroids.
 
-    Use it when: you cluster features into many clusters (about 10 rows for each), on a CPU or GPU, on one process or many.
-    Not when: clusters are few and large: up to K = 1,000 with 50 rows or more for each, ``backend="faiss"`` is up to 4 times
+    **Use it when:** you cluster features into many clusters (about 10 rows for each), on a CPU or GPU, on one process or many.
+    **Not when:** clusters are few and large: up to K = 1,000 with 50 rows or more for each, ``backend="faiss"`` is up to 4 times
     as fast, at about the same objective.
-    Related: :class:`EpisodicClusterer` clusters each modality of an episode and builds :class:`Prototypes`.
+    **Related:** :class:`EpisodicClusterer` clusters each modality of an episode and builds :class:`Prototypes`.
 
     Args:
         num_clusters: number K of clusters.

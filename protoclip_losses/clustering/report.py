@@ -8,9 +8,9 @@ from dataclasses import dataclass
 class ClusteringReport:
     """How K-means went. Equal on all ranks except for ``seconds``.
 
-    Use it when: you log or compare clusterings: ``result.report.scalars()`` are floats for any logger.
-    Not when: you need the clustering itself: that is :class:`KMeansResult`.
-    Related: :class:`EpisodeReport`, which has one for each modality and teacher of an episode.
+    **Use it when:** you log or compare clusterings: ``result.report.scalars()`` are floats for any logger.
+    **Not when:** you need the clustering itself: that is :class:`KMeansResult`.
+    **Related:** :class:`EpisodeReport`, which has one for each modality and teacher of an episode.
 
     Attributes:
         backend: the engine that ran.

@@ -81,7 +81,7 @@ def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, s
 
 def label_is_first(logits: Tensor, labels: Tensor) -> Tensor:
     """Which rows of (b, K) logits have their largest entry at the label, (b,) bool. A tie counts for the lowest column alone."""
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
         return logits.argmax(1) == labels
     # A maximum without its position is ten times faster here; positions are needed only where the label is tied.
     own = torch.arange(len(logits), device=logits.device), labels

@@ -29,9 +29,9 @@ class EpisodicClusterer:
 
     (teacher's features x, student's h). Under torch.distributed each rank passes its own rows, and all get the same prototypes.
 
-    Use it when: training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
-    Not when: the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
-    Related: :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
+    **Use it when:** training is in episodes and samples have an index: extract features to a bank, build, train, repeat.
+    **Not when:** the host's loss never sees a sample index (:class:`OnlinePrototypes`), or you only want labels of rows.
+    **Related:** :class:`KMeans` does the clustering; :class:`FeatureBank`, :class:`TeacherAdapter`, :class:`ProtoLoss`.
 
     Args:
         num_prototypes: number K of clusters; the paper has about 10 samples for each.

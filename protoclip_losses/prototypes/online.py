@@ -151,6 +151,11 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         rows = len(next(iter(students.values())))
         self.observe(BatchFeatures(students, teachers), labels, RankRows(group, list(sizes) or [rows]))
 
+    def check(self, features: Mapping[str, Tensor]) -> None:
+        """Deprecated: :meth:`labels` checks names and widths."""
+        check.warn_renamed("OnlinePrototypes.check", "OnlinePrototypes.labels")
+        self._check_widths(features)
+
     def signature(self) -> dict[str, object]:
         """Settings and the step: all ranks must renew their prototypes together."""
         return {**super().signature(), **{name: getattr(self, name) for name in (*self._SETTINGS, "calls", "step")}}

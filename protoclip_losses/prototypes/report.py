@@ -16,9 +16,9 @@ from ..clustering.report import ClusteringReport
 class EpisodeReport:
     """How a call of :meth:`EpisodicClusterer.build` went.
 
-    Use it when: you log a run: ``prototypes.report.scalars()`` are floats for any logger.
-    Not when: you want to know what the clusters contain: the functions of ``protoclip_losses.metrics`` say that.
-    Related: :class:`Prototypes`, whose ``report`` it is; :class:`ClusteringReport`, one for each clustering.
+    **Use it when:** you log a run: ``prototypes.report.scalars()`` are floats for any logger.
+    **Not when:** you want to know what the clusters contain: the functions of ``protoclip_losses.metrics`` say that.
+    **Related:** :class:`Prototypes`, whose ``report`` it is; :class:`ClusteringReport`, one for each clustering.
 
     Attributes:
         clusterings: a :class:`ClusteringReport` for each modality and teacher.

@@ -196,7 +196,7 @@ def test_an_online_run_killed_and_resumed_ends_where_an_uninterrupted_one_does(t
     files = [f"epoch_{epoch}{kind}" for epoch, kind in ((3, ".online_0_of_1"), (4, ".online_0_of_1"), (4, ".pt"))]
     for name in ("whole", "rest"):
         assert sorted(file.name for file in (tmp_path / name / "checkpoints").iterdir()) == files
-    with pytest.raises(ValueError, match="state_dict has every=2 but these prototypes have every=3"):
+    with pytest.raises(ValueError, match="state_dict has every=2 but this OnlinePrototypes has every=3"):
         train(main, tmp_path, "rest", "--resume", "latest", *common, "--epochs", 5, "--proto-every", 3)
 
 

@@ -471,10 +471,9 @@ def test_unchecked_labels_are_asserted_on_the_device(labels):
     """Without value checks, the default on CUDA, a wrong label selected another prototype."""
     labels = torch.tensor(labels)
     valid = torch.tensor([True, False, True, True])
-    h = torch.eye(2, 3)
     for call in (
-        lambda: prototype_cross_entropy(h, P.to(h), labels, 1.0, valid=valid, check_values=False),
-        lambda: PrototypeLoss(None, check_values=False)(h, P.to(h), C.to(h), labels, 1.0, valid=valid),
+        lambda: functional.prototype_cross_entropy(H[:2], P, labels, 1.0, valid=valid, check_values=False),
+        lambda: PrototypeLoss(None, check_values=False)(H[:2], P, C, labels, 1.0, valid=valid),
     ):
         with pytest.raises(RuntimeError):
             call()
@@ -482,14 +481,13 @@ def test_unchecked_labels_are_asserted_on_the_device(labels):
 
 def test_unchecked_labels_that_are_ignored_or_soft_are_no_error():
     valid = torch.tensor([True, False, True, True])
-    h = torch.eye(2, 3)
-    value = prototype_cross_entropy(h, P.to(h), torch.tensor([-1, 0]), 1.0, valid=valid, check_values=False)
-    assert torch.equal(value, prototype_cross_entropy(h, P.to(h), torch.tensor([-1, 0]), 1.0, valid=valid))
-    soft = prototype_cross_entropy(h, P.to(h), torch.tensor([1, 0]), 1.0, targets=P.to(h), valid=valid, check_values=False)
+    value = functional.prototype_cross_entropy(H[:2], P, torch.tensor([-1, 0]), 1.0, valid=valid, check_values=False)
+    assert torch.equal(value, functional.prototype_cross_entropy(H[:2], P, torch.tensor([-1, 0]), 1.0, valid=valid))
+    soft = functional.prototype_cross_entropy(H[:2], P, torch.tensor([1, 0]), 1.0, targets=P, valid=valid, check_values=False)
     assert soft.isfinite()
 
 
 @pytest.mark.parametrize("label", [-2, 3, 7])
 def test_unchecked_labels_of_back_translation_are_asserted_on_the_device(label):
     with pytest.raises(RuntimeError):
-        back_translate(torch.tensor([0, label]), torch.eye(2), 3, check_values=False)
+        functional.back_translate(torch.tensor([0, label]), torch.eye(2), 3, check_values=False)

@@ -321,6 +321,11 @@ def test_0_6_calls_warn_and_work():
         with pytest.warns(FutureWarning, match="OnlinePrototypes.observe"):
             old.update({"image": x["image"], "text": x["text"]}, {"minilm": x["minilm"]})
         take(new, step)
+    with (
+        pytest.warns(FutureWarning, match="OnlinePrototypes.check"),
+        pytest.raises(ValueError, match="names and widths of the first step"),
+    ):
+        old.check({"image": x["image"]})
     with pytest.warns(FutureWarning, match="OnlinePrototypes.labels"):
         labels = old.labels("minilm", x["minilm"])
     assert torch.equal(labels, new.labels(features(x), None)["minilm"])

@@ -23,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     p.add_argument("--proto-weight", type=float, default=1.0, help="of the prototype terms; 0: the run of open_clip, bit for bit")
     p.add_argument("--proto-weight-external", type=float, default=1.0, help="of external teachers")
     p.add_argument("--proto-num-prototypes", type=int, help="K; default: one per 10 samples of an epoch, online at most 20,000")
-    p.add_argument("--proto-target-temperature", type=float, default=0.01, help="of soft targets; 0 or less: hard targets")
+    p.add_argument("--proto-target-temperature", type=float, default=0.01, help="of soft targets; 0: hard targets")
     p.add_argument("--proto-warmup-epochs", type=int, default=1, help="first epochs without prototypes")
     p.add_argument("--proto-head-dim", type=int, default=128)
     p.add_argument("--proto-head-hidden-dim", type=int, default=2048)
