@@ -116,7 +116,7 @@ def other_rows_under_the_same_name_raise_on_all(rank, world_size, folder):
         encode = TextEncoder(seed=rank)
         TeacherAdapter.from_encoder(encode, CAPTIONS, own / "o.npy", dim=None, progress=False, process_group=False)
     dist.barrier()
-    with pytest.raises(ValueError, match="ranks must pass input of one kind"):
+    with pytest.raises(ValueError, match="ranks must agree on rows of the cache"):
         TeacherAdapter.from_encoder(TextEncoder(), CAPTIONS, own / "o.npy", dim=4, progress=False)
 
 

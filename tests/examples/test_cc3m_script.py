@@ -32,7 +32,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("shards"), emoji_with_groups()[0])[0]
 
 
-@pytest.mark.slow
 def test_one_gpu_is_the_papers_recipe_but_for_what_is_given(shards: str, tmp_path: Path) -> None:
     process = start("one-gpu", "--train-data", shards, "--run-dir", str(tmp_path / "run"), *SMALL.split(), *HERE.split())
     written = finish(process)
@@ -64,7 +63,6 @@ def test_two_nodes_do_what_one_node_does(shards: str, tmp_path: Path) -> None:
     assert kept[0]["warmup_steps"] == 15625
 
 
-@pytest.mark.slow
 def test_batch_grows_with_processes_and_prototypes_are_used(shards: str, tmp_path: Path) -> None:
     small = SMALL.replace("--batch-size 8", "").replace("--episode-size 64", "--episode-size 80").split()
     process = start("one-node", "--train-data", shards, "--run-dir", str(tmp_path), *small, *HERE.split(), PER_NODE="1")

@@ -69,7 +69,6 @@ WITHOUT_LABELS = {"modality_gap"} | {f"{way}_recall@{k}" for way in ("image_to_t
 WITH_LABELS = WITHOUT_LABELS | {"zero_shot_group", "zero_shot_subgroup", "linear_probe", "ari", "ami"}
 
 
-@pytest.mark.slow
 def test_embedded_pairs_end_to_end(tmp_path: Path) -> None:
     written = run("--run-dir", str(tmp_path), "--episodes", "4", "--episode-size", "1024", "--log-every", "2", threads=2)
     rows = check_run_folder(tmp_path, WITH_LABELS)
