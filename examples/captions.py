@@ -46,11 +46,10 @@ def decode_text(data: bytes) -> str:
     for mark, encoding in BYTE_ORDER_MARKS:
         if data.startswith(mark):
             return data.decode(encoding)
-    text = data.decode("utf-8-sig")
     if b"\0" in data:
         position = data.index(b"\0")
         raise UnicodeDecodeError("utf-8", data, position, position + 1, "NUL, as in UTF-16 without a byte order mark")
-    return text
+    return data.decode("utf-8-sig")
 
 
 def read_table(path: Path) -> Iterator[tuple[int, list[str] | None]]:

@@ -75,7 +75,7 @@ def number_pairs(source: str, cache: Path, side: int, workers: int = 0, resume: 
                 if not changed:
                     return _pairs(kept, side)
                 log.warning("%s has changed since it was indexed (%s): indexing it again", source, changed)
-                before = {name: kept[name] for name in kept.files}
+                before = {name: kept[name] for name in kept.files if name not in ("stamp", "marks")}
     arrays = _index(source, found, workers)
     if resume and not all(np.array_equal(arrays[name], array) for name, array in before.items()):
         raise SystemExit(f"--resume must find the pairs of {source} as the run began with them, got others: {changed} changed")
