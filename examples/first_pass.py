@@ -58,26 +58,30 @@ class Source(NamedTuple):
     broken: Sequence[Member] = ()
 
 
-def number_pairs(source: str, cache: Path, side: int, workers: int = 0, resume: bool = False) -> Pairs:
+def number_pairs(source: str, cache: Path, side: int, workers: int = 0, resume: bool = False, current: bool = False) -> Pairs:
     """The usable pairs of `source`, from `cache` if the same files were indexed before.
 
-    Files that have changed since are indexed again. With `resume` it is an error if their pairs are not the same as before.
+    Files that have changed since are indexed again. With `resume` it is an error if their pairs are not the same as before. With
+    `current` another process has just made the index, perhaps on a machine that has its own copies of the files.
     Raises SystemExit if a file of the source does not exist or no pair is usable.
     """
-    found = _open(source)
-    stamp, marks = json.dumps([INDEX_FORMAT, source]), file_marks(found.files)
+    stamp = json.dumps([INDEX_FORMAT, source])
     before: dict[str, Any] = {}
-    changed = ""
     if cache.exists():
         with np.load(cache) as kept:
             if str(kept["stamp"]) == stamp:
-                changed = changed_files(found.files, kept["marks"].tolist(), marks)
-                if not changed:
-                    return _pairs(kept, side)
-                log.warning("%s has changed since it was indexed (%s): indexing it again", source, changed)
-                before = {name: kept[name] for name in kept.files if name not in ("stamp", "marks")}
+                before = {name: kept[name] for name in kept.files}
+    if before and current:
+        return _pairs(before, side)
+    found = _open(source)
+    marks = file_marks(found.files)
+    changed = changed_files(found.files, before.pop("marks").tolist(), marks) if before else ""
+    if before and not changed:
+        return _pairs(before, side)
+    if changed:
+        log.warning("%s has changed since it was indexed (%s): indexing it again", source, changed)
     arrays = _index(source, found, workers)
-    if resume and not all(np.array_equal(arrays[name], array) for name, array in before.items()):
+    if resume and not all(np.array_equal(array, before.get(name, array)) for name, array in arrays.items()):
         raise SystemExit(f"--resume must find the pairs of {source} as the run began with them, got others: {changed} changed")
     with replacing(cache) as partial:
         np.savez(partial, stamp=np.array(stamp), marks=np.array(marks, np.int64), **arrays)

@@ -29,9 +29,10 @@ def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, wo
         pairs = emoji_pairs(side)
         log.info("embedded emoji: Twemoji (CC BY 4.0, Twitter and contributors) and OpenMoji (CC BY-SA 4.0) drawings")
     else:
-        pairs = number_pairs(args.train_data, run_dir / "train_pairs.npz", side, args.workers, args.resume)
+        pairs = number_pairs(args.train_data, run_dir / "train_pairs.npz", side, args.workers, args.resume, rank > 0)
     if args.val_data is not None:
-        train, held_out = pairs, number_pairs(args.val_data, run_dir / "val_pairs.npz", side, args.workers, args.resume)
+        cache = run_dir / "val_pairs.npz"
+        train, held_out = pairs, number_pairs(args.val_data, cache, side, args.workers, args.resume, rank > 0)
     else:
         train, held_out = hold_out(pairs, args.held_out or (0.2 if args.train_data is None else 0.02))
     if rank == 0:

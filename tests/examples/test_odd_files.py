@@ -318,6 +318,7 @@ def test_files_that_have_changed_are_indexed_again(form: str, tmp_path: Path, li
     number_pairs(source, cache, 32, resume=True)  # the same pairs under another date
     assert f"has changed since it was indexed ({changed})" in lines.text
     rewrite(changed, b"worse", b"finer")
+    assert list(number_pairs(source, cache, 32, current=True).captions) == ["a worse one", "plain"]
     with pytest.raises(SystemExit, match=rf"--resume must find the pairs .*{changed.name} changed"):
         number_pairs(source, cache, 32, resume=True)
     assert list(number_pairs(source, cache, 32).captions) == ["a finer one", "plain"]
