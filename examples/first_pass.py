@@ -82,7 +82,7 @@ def number_pairs(source: str, cache: Path, side: int, workers: int = 0, resume: 
         log.warning("%s has changed since it was indexed (%s): indexing it again", source, changed)
     arrays = _index(source, found, workers)
     if resume and not all(np.array_equal(array, before.get(name, array)) for name, array in arrays.items()):
-        raise SystemExit(f"--resume must find the pairs of {source} as the run began with them, got others: {changed} changed")
+        raise SystemExit(f"--resume must find the pairs of {source} as the run began with them, got others; changed: {changed}")
     with replacing(cache) as partial:
         np.savez(partial, stamp=np.array(stamp), marks=np.array(marks, np.int64), **arrays)
     return _pairs(arrays, side)
