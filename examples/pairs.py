@@ -7,7 +7,6 @@ augmentation) is keyed by it.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from pictures import decode as decode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,7 +32,8 @@ class Strings:
 
     @staticmethod
     def of(texts: Iterable[str]) -> Strings:
-        encoded = [text.encode() for text in texts]
+        # surrogatepass: names of files that are not in UTF-8 have surrogates in place of their bytes.
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
         lengths = np.array([len(text) for text in encoded], np.int64)
         return Strings(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum() - lengths, lengths.cumsum())
 
@@ -43,7 +43,7 @@ class Strings:
     def __getitem__(self, number: int) -> str:
         if not 0 <= number < len(self.end):
             raise IndexError(f"string {number} of {len(self.end)}")
-        return self.data[self.start[number] : self.end[number]].tobytes().decode()
+        return self.data[self.start[number] : self.end[number]].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         return (self[number] for number in range(len(self)))
@@ -107,27 +107,14 @@ def hold_out(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
 
 def concept_number(name: str) -> int:
     """A 64-bit hash of the name of a concept, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    data = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
-
-
-def decode(data: bytes, side: int) -> Tensor:
-    """Picture bytes to uint8 (3, side, side): the centre square, on white where transparent. OSError if truncated."""
-    with Image.open(io.BytesIO(data)) as opened:
-        # A JPEG is decoded at the smallest fraction that is large enough: several times faster, and a truncated file is still
-        # noticed, because every byte is read.
-        opened.draft("RGB", (side, side))
-        picture: Image.Image = opened
-        if "A" in opened.getbands() or "transparency" in opened.info:
-            picture = opened.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from datetime import timedelta
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 def start_processes(device: str = "auto") -> tuple[int, int, torch.device]:
     """(rank, world_size, device of this process). Joins the process group if torchrun has started several."""
+    atexit.register(kill_workers)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
@@ -22,6 +25,12 @@ def start_processes(device: str = "auto") -> tuple[int, int, torch.device]:
         # A long timeout: the other ranks wait while rank 0 indexes the data and runs the teacher.
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=12))
     return rank, world_size, own
+
+
+def kill_workers() -> None:
+    """End the loader workers that an error has left: they ignore SIGTERM, and Python would wait for them at exit."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class StopSignal:

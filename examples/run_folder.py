@@ -10,13 +10,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from files import lock_folder, replacing
 from processes import StopSignal
 from run_metrics import Metrics
 from tqdm import tqdm
@@ -25,16 +26,29 @@ log = logging.getLogger("train")
 POINTER, ARGUMENTS = "checkpoint.json", "arguments.json"
 # Arguments that may differ between a run and its resumption, because no weight depends on them.
 FREE_ON_RESUME = {"resume", "run_dir", "workers", "log_every", "save_every"}
+NOT_GIVEN = object()
 STAGES = ("extraction", "training")  # the two passes over an episode; each draws its own augmentation
 
 
-def resumed_arguments(parser: argparse.ArgumentParser, run_dir: Path | None) -> argparse.Namespace:
-    """The arguments of the run in `run_dir`. One that is given again must have the same value."""
+def resumed_arguments(parser: argparse.ArgumentParser, run_dir: Path | None, commands: Sequence[str] = ()) -> argparse.Namespace:
+    """The arguments of the run in `run_dir`. One that is given again must have the same value.
+
+    One in `commands` that names more than files must be given again: what opens it runs a shell command, and the run folder may
+    be somebody else's.
+    """
     if run_dir is None:
         parser.error("--resume needs --run-dir, the folder of the run to resume")
     if not (run_dir / ARGUMENTS).exists():
         parser.error(f"--resume: {run_dir} has no {ARGUMENTS}, so it is not the folder of a run")
-    kept = json.loads((run_dir / ARGUMENTS).read_text())
+    kept = json.loads((run_dir / ARGUMENTS).read_text(encoding="utf-8"))
+    for name in commands:
+        parser.set_defaults(**{name: NOT_GIVEN})
+        given = getattr(parser.parse_args(), name) is not NOT_GIVEN
+        if not given and isinstance(kept.get(name), str) and ":" in kept[name]:
+            parser.error(
+                f"--resume needs --{name} again: that of {run_dir / ARGUMENTS} is {kept[name]!r}, which may run a command, and "
+                "commands are taken from the command line only"
+            )
     parser.set_defaults(**kept)
     args = parser.parse_args()
     changed = [name for name, value in kept.items() if name not in FREE_ON_RESUME and getattr(args, name) != value]
@@ -45,15 +59,19 @@ def resumed_arguments(parser: argparse.ArgumentParser, run_dir: Path | None) -> 
 
 
 def open_run_dir(args: argparse.Namespace, rank: int, world_size: int) -> Path:
-    """Make the run folder, or find it on resume, and start the log. Every rank gets the same path."""
+    """Make the run folder, or find it on resume, and start the log. Every rank gets the same path.
+
+    Rank 0 locks the folder until it ends, so that no two runs write into one.
+    """
     chosen: list[Any] = [args.run_dir]
     if rank == 0:
         if args.run_dir is None:
-            numbered = (Path("runs") / f"{args.method}-{number}" for number in itertools.count(1))
-            chosen[0] = next(folder for folder in numbered if not folder.exists())
+            chosen[0] = _make_free_folder(args.method)
+        chosen[0].mkdir(parents=True, exist_ok=True)
+        if not lock_folder(chosen[0]):
+            raise SystemExit(f"{chosen[0]} is in use by another process: wait until it has ended, or choose another --run-dir")
         if not args.resume and (chosen[0] / ARGUMENTS).exists():
             raise SystemExit(f"{chosen[0]} already holds a run: add --resume to resume it, or choose another --run-dir")
-        chosen[0].mkdir(parents=True, exist_ok=True)
     if world_size > 1:
         dist.broadcast_object_list(chosen, 0)
     run_dir = Path(chosen[0])
@@ -61,7 +79,7 @@ def open_run_dir(args: argparse.Namespace, rank: int, world_size: int) -> Path:
     log.propagate = False
     handlers: list[logging.Handler] = [_AboveBars()]
     if rank == 0:
-        handlers.append(logging.FileHandler(run_dir / "log.txt"))
+        handlers.append(logging.FileHandler(run_dir / "log.txt", encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
@@ -69,6 +87,17 @@ def open_run_dir(args: argparse.Namespace, rank: int, world_size: int) -> Path:
         kept = {name: value for name, value in vars(args).items() if name not in ("resume", "run_dir")}
         _write_text(run_dir / ARGUMENTS, json.dumps(kept, indent=1))
     return run_dir
+
+
+def _make_free_folder(method: str) -> Path:
+    numbers = itertools.count(1)
+    while True:
+        folder = Path("runs") / f"{method}-{next(numbers)}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # of an older run, or of one that starts now
+            continue
 
 
 class _AboveBars(logging.Handler):
@@ -235,7 +264,7 @@ def load_checkpoint(run_dir: Path, rank: int, world_size: int) -> tuple[dict[str
     """
     if not (run_dir / POINTER).exists():
         return None
-    pointer = json.loads((run_dir / POINTER).read_text())
+    pointer = json.loads((run_dir / POINTER).read_text(encoding="utf-8"))
     if pointer["world_size"] != world_size:
         raise SystemExit(
             f"--resume: the run in {run_dir} has {pointer['world_size']} processes, each with its share of the features, and "
@@ -255,10 +284,8 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write and rename: the file is the old one or the new one, never half of it."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w") as file:
+    """The file is the old one or the new one, never half of it."""
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -7,9 +7,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from encoders import minilm_encoder
+from files import changed_files, file_marks, replacing
 from first_pass import number_pairs
 from pairs import Pairs, emoji_pairs, hold_out
 from PIL import Image
@@ -27,9 +29,10 @@ def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, wo
         pairs = emoji_pairs(side)
         log.info("embedded emoji: Twemoji (CC BY 4.0, Twitter and contributors) and OpenMoji (CC BY-SA 4.0) drawings")
     else:
-        pairs = number_pairs(args.train_data, run_dir / "train_pairs.npz", side, args.workers)
+        pairs = number_pairs(args.train_data, run_dir / "train_pairs.npz", side, args.workers, args.resume, rank > 0)
     if args.val_data is not None:
-        train, held_out = pairs, number_pairs(args.val_data, run_dir / "val_pairs.npz", side, args.workers)
+        cache = run_dir / "val_pairs.npz"
+        train, held_out = pairs, number_pairs(args.val_data, cache, side, args.workers, args.resume, rank > 0)
     else:
         train, held_out = hold_out(pairs, args.held_out or (0.2 if args.train_data is None else 0.02))
     if rank == 0:
@@ -76,7 +79,11 @@ def find_shards(args: argparse.Namespace, run_dir: Path, side: int, rank: int) -
 
     if args.shards is not None:
         shards = [str(shard) for shard in expand_urls(args.shards)]
-        return shards, None if args.val_data is None else number_pairs(args.val_data, run_dir / "val_pairs.npz", side)
+        if rank > 0:  # rank 0 alone evaluates
+            return shards, None
+        check_shards(shards, run_dir / "shards.npy", args.resume)
+        val_data = args.val_data
+        return shards, None if val_data is None else number_pairs(val_data, run_dir / "val_pairs.npz", side, resume=args.resume)
     train, held_out = hold_out(emoji_pairs(side), 0.2)
     order = torch.split(torch.randperm(len(train), generator=torch.Generator().manual_seed(0)), 100)
     shards = [str(run_dir / "shards" / f"{number:05d}.tar") for number in range(len(order))]
@@ -90,3 +97,17 @@ def find_shards(args: argparse.Namespace, run_dir: Path, side: int, rank: int) -
     if dist.is_initialized():
         dist.barrier()
     return shards, replace(held_out, labels={})  # labels are evaluated with the training pairs, which have no index here
+
+
+def check_shards(shards: list[str], record: Path, resume: bool) -> None:
+    """Record which files a stream is read from; on resume, SystemExit if one of those on this disk has changed."""
+    marks = file_marks(shards)
+    if resume and record.exists():
+        if changed := changed_files(shards, np.load(record).tolist(), marks):
+            raise SystemExit(
+                f"--resume needs the shards as the run began with them, but these have changed: {changed}; if they "
+                f"are only copies with another date, delete {record}"
+            )
+        return
+    with replacing(record) as partial:
+        np.save(partial, np.array(marks, np.int64))

@@ -23,8 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import logging
+import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,17 +34,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset as wds
 from augment import Inputs
+from captions import CAPTION_BYTES, SampleError, read_caption
 from encoders import DualEncoder, build_model, minilm_encoder
 from evaluate import evaluate
-from first_pass import PICTURES
 from pairs import decode, leave_signals_to_parent
 from processes import start_processes
 from run_folder import STAGES, RunState, open_run_dir, resumed_arguments
+from shards import group_samples, members, picture_and_text
 from sources import find_shards
 from torch import Tensor, nn
 from tqdm import tqdm
+from webdataset.gopen import gopen
 
 from protoclip_losses import (
     EpisodicClusterer,
@@ -53,7 +56,7 @@ from protoclip_losses import (
     StreamEpisodes,
     TeacherAdapter,
 )
-from protoclip_losses.distributed import even_batches
+from protoclip_losses.distributed import active_group, even_batches, gather_sizes
 
 log = logging.getLogger("train")
 
@@ -77,24 +80,35 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--log-every", type=int, default=5, help="training steps between lines of metrics.jsonl")
     p.set_defaults(method="stream")
     args = p.parse_args()
-    return resumed_arguments(p, args.run_dir) if args.resume else args
+    return resumed_arguments(p, args.run_dir, commands=["shards"]) if args.resume else args
 
 
 def read_shard(shard: str) -> Iterator[dict[str, Any]]:
     """Raw samples in the order of the file. No splitting here: the episode decides which process reads which shard."""
-    return iter(wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()))
+    stream = gopen(shard)
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for sample in group_samples((info.name, read_member(tar, info)) for info in members(tar)):
+                yield {"__url__": shard, **sample}
+    except tarfile.TarError as error:
+        raise tarfile.TarError(f"{shard}: {error}") from error
+    finally:
+        with suppress(OSError):  # of a command that was not done yet
+            stream.close()
 
 
-def caption_of(sample: dict[str, Any]) -> str:
-    return " ".join(sample["txt"].decode("utf-8", errors="replace").split())
+def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | None:
+    """The bytes of a member; None for a text that is too long for a caption."""
+    if info.name.lower().endswith(".txt") and info.size > CAPTION_BYTES:
+        return None
+    file = tar.extractfile(info)
+    return None if file is None else file.read()
 
 
 def decode_sample(sample: dict[str, Any], side: int) -> tuple[Tensor, str]:
     """(picture, caption). A sample for which this raises is left out of both passes."""
-    caption = caption_of(sample)
-    if not caption:
-        raise ValueError(f"{sample['__key__']} has no caption")
-    return decode(next(sample[suffix] for suffix in PICTURES if suffix in sample), side), caption
+    picture, text = picture_and_text(sample)
+    return decode(picture, side), read_caption(text)
 
 
 def main() -> None:
@@ -125,8 +139,7 @@ def main() -> None:
     for episode in stream:
         if state.progress.stage == "extraction":
             if episode.number > 0:
-                collector = trainer.extract(episode)
-                trainer.cluster(episode, collector)
+                trainer.cluster(episode, trainer.extract(episode))
             else:
                 loss.set_prototypes(None)  # warm-up: InfoNCE only
             state.begin("training")
@@ -177,6 +190,18 @@ class Trainer:
     def cluster(self, episode: StreamEpisode, collector: FeatureCollector) -> None:
         """K-means of each modality and of the teacher, back-translation, and the constants of the prototype terms."""
         number = self.args.num_prototypes
+        samples = gather_sizes(len(collector), active_group(None))
+        if min(samples) == 0 or sum(samples) < number:
+            wanted = f"{number} samples for --num-prototypes, at least one of them on each process"
+            log.warning(
+                "%s: InfoNCE only; there must be %s, got %s: %s",
+                self.title(episode),
+                wanted,
+                samples,
+                self.sizes(episode, collector),
+            )
+            self.loss.set_prototypes(None)
+            return
         log.info("%s: clustering %d samples of this rank into %d prototypes", self.title(episode), len(collector), number)
         start = time.time()
         prototypes = self.clusterer.build(collector.bank(), collector.teachers())
@@ -236,6 +261,12 @@ class Trainer:
         if stream_pass.dropped:
             log.warning("%d of %d samples left out, as they do not decode", stream_pass.dropped, stream_pass.samples)
 
+    def sizes(self, episode: StreamEpisode, collector: FeatureCollector) -> str:
+        """How many samples came from each of this rank's shards, the smallest first."""
+        counts = torch.bincount(collector.index.cpu() >> 32, minlength=len(episode.shards)).tolist()
+        own = sorted(range(self.state.rank, len(counts), self.state.world_size), key=counts.__getitem__)
+        return ", ".join(f"{counts[i]} in {episode.shards[i]}" for i in own[:5]) + (", ..." if len(own) > 5 else "")
+
     def title(self, episode: StreamEpisode) -> str:
         return f"episode {episode.number + 1}/{self.args.episodes}"
 
@@ -249,9 +280,19 @@ def load_teacher(args: argparse.Namespace, stream: StreamEpisodes, run_dir: Path
     """The external teacher. Its PCA is fitted once, on the first captions of the stream, and kept in the run folder."""
     if args.teacher == "none":
         return None
-    first = (sample for shard in stream.episode(0).shards for sample in read_shard(shard))
-    captions = [caption_of(sample) for sample in islice(first, 2000) if "txt" in sample]
-    return TeacherAdapter.from_encoder(minilm_encoder(device), captions, cache=run_dir / "minilm.npy", dim=64)
+    captions = list(islice(read_captions([*stream.episode(0).shards, *stream.shards]), 2000))
+    if not captions:
+        raise SystemExit(f"--shards must have captions, got none in {len(stream.shards)} shards from {stream.shards[0]} on")
+    width = min(64, len(captions))
+    return TeacherAdapter.from_encoder(minilm_encoder(device), captions, cache=run_dir / "minilm.npy", dim=width)
+
+
+def read_captions(shards: list[str]) -> Iterator[str]:
+    """The captions of shards, each shard once."""
+    for shard in dict.fromkeys(shards):
+        for sample in read_shard(shard):
+            with suppress(SampleError):
+                yield read_caption(picture_and_text(sample)[1])
 
 
 if __name__ == "__main__":

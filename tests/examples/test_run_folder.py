@@ -1,13 +1,17 @@
 """What the example scripts save and resume from: registered objects, and a metrics file without a line too many."""
 
+import argparse
 import json
+import logging
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from run_folder import RunState
+from run_folder import RunState, open_run_dir, resumed_arguments
 
 from protoclip_losses import EpisodeSampler
 
@@ -120,3 +124,76 @@ def test_what_does_not_fit_says_so(tmp_path: Path) -> None:
     other.register("teacher", torch.nn.Linear(1, 1))
     with pytest.raises(SystemExit, match="must hold teacher, got metrics, progress, random, sampler"):
         other.load()
+
+
+def open_elsewhere(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A process that opens a run folder, says which, and holds it until its input is closed."""
+    examples = Path(__file__).parents[2] / "examples"
+    code = (
+        f"import sys; sys.path.insert(0, {str(examples)!r})\nimport argparse\nfrom pathlib import Path\n"
+        "from run_folder import open_run_dir\nrun_dir = Path(sys.argv[1]) if sys.argv[1:] else None\n"
+        "args = argparse.Namespace(run_dir=run_dir, resume='resume' in sys.argv, method='clip')\nsys.stdin.readline()\n"
+        "print(open_run_dir(args, 0, 1), flush=True)\nsys.stdin.readline()"
+    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
+    processes = [open_elsewhere(tmp_path) for _ in range(4)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    written = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
+    assert written == [str(Path("runs") / f"clip-{i}") for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("resume", [[], ["resume"]])
+def test_a_run_folder_in_use_is_an_error_that_names_it(resume: list[str], tmp_path: Path) -> None:
+    holder = open_elsewhere(tmp_path, "run")
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "run\n"
+    other = open_elsewhere(tmp_path, "run", *resume)
+    errors = other.communicate("\n", timeout=120)[1]
+    assert other.returncode == 1
+    assert "run is in use by another process" in errors
+    holder.kill()
+    holder.communicate()
+    # A killed process holds no lock.
+    assert open_elsewhere(tmp_path, "run", "resume").communicate("\n\n", timeout=120)[0] == "run\n"
+
+
+@pytest.mark.parametrize("shards", ["pipe:touch hacked", "a.tar::pipe:touch hacked", "http://example.org/a'b.tar"])
+def test_commands_come_from_the_command_line_alone(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "arguments.json").write_text(json.dumps({"shards": shards, "seed": 3}))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shards")
+    parser.add_argument("--seed", type=int, default=0)
+    monkeypatch.setattr(sys, "argv", ["train_stream.py"])
+    with pytest.raises(SystemExit):
+        resumed_arguments(parser, tmp_path, commands=["shards"])
+    assert "--resume needs --shards again" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["train_stream.py", "--shards", shards])
+    assert vars(resumed_arguments(parser, tmp_path, commands=["shards"])) == {"shards": shards, "seed": 3}
+    (tmp_path / "arguments.json").write_text(json.dumps({"shards": "x/{0..3}.tar", "seed": 3}))
+    monkeypatch.setattr(sys, "argv", ["train_stream.py"])
+    assert resumed_arguments(parser, tmp_path, commands=["shards"]).shards == "x/{0..3}.tar"
+
+
+def test_the_log_takes_names_that_are_not_in_utf_8(tmp_path: Path) -> None:
+    args = argparse.Namespace(run_dir=tmp_path / "run", resume=False, method="clip")
+    before = list(logging.getLogger("train").handlers)
+    open_run_dir(args, 0, 1)
+    logging.getLogger("train").warning("dropped Bild\udce9.png")
+    for handler in logging.getLogger("train").handlers[:]:
+        if handler not in before:
+            handler.close()
+            logging.getLogger("train").removeHandler(handler)
+    assert r"dropped Bild\udce9.png" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
