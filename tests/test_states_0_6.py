@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from helpers import draws_as_recorded
 from states_0_6.objects import STATES, call, in_a_loss, known, loss, next_steps, other_prototypes, step
 from states_0_6.saved import FOLDER, assert_facts, read
 
 from protoclip_losses import OnlinePrototypes, ProtoLoss, Prototypes
 
+# Their facts are of a K-means that begins when warm-up ends.
+STARTS_KMEANS = {"online_warmup", "loss_online_warmup"}
 HOSTS = {"host_lightning", "host_open_clip_online", "host_transformers", "host_transformers_online"}
 
 
 @pytest.mark.parametrize("saved", STATES, ids=lambda saved: saved.name)
 def test_a_state_of_0_6_does_what_it_did_there(saved):
+    if saved.name in STARTS_KMEANS and not draws_as_recorded():
+        pytest.skip("this build of torch draws other random numbers")
     fresh = saved.make()
     fresh.load_state_dict(read(saved.name))
     assert_facts(saved.behaviour(fresh), read(f"{saved.name}.facts"), saved.exact)
@@ -19,6 +24,8 @@ def test_a_state_of_0_6_does_what_it_did_there(saved):
 
 @pytest.mark.parametrize("saved", STATES, ids=lambda saved: saved.name)
 def test_a_state_of_today_does_the_same(saved, tmp_path):
+    if "online" in saved.name and not draws_as_recorded():
+        pytest.skip("this build of torch draws other random numbers")
     before, after = saved.make(), saved.make()
     saved.advance(before)
     torch.save(before.state_dict(), tmp_path / "state.pt")
@@ -28,7 +35,7 @@ def test_a_state_of_today_does_the_same(saved, tmp_path):
 
 def test_prototypes_are_made_from_states_of_0_6_alone():
     assert_facts(known(Prototypes.from_state_dict(read("prototypes"))), read("prototypes.facts"), exact=True)
-    for name in ("online", "online_warmup"):
+    for name in ("online", "online_warmup") if draws_as_recorded() else ("online",):
         source = OnlinePrototypes.from_state_dict(read(name))
         assert_facts(in_a_loss(next_steps)(source), read(f"{name}.facts"))
 

@@ -36,7 +36,6 @@ class ProtoLoss(LossModule):
     from image: the paper's half sum) and :math:`\mathcal{L}_t` the mean over students of the terms of external teacher t. Every
     term, soft or hard, back-translated or not, internal or external, is
     :func:`protoclip_losses.functional.prototype_cross_entropy` with its own constants P, M and labels.
-
     Under torch.distributed the loss is this rank's share: the mean over ranks is the loss of the whole batch, and after DDP's
     averaging so are the gradients, also for unequal batches and ignored labels.
 
@@ -182,7 +181,7 @@ class ProtoLoss(LossModule):
         if self._prototypes is not None and self._prototypes.version != self._terms.version:
             self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
 
-        def prepare() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        def prepare() -> "tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]":  # torch 2.4 cannot trace the type itself
             scale = self._check(image_features, text_features, logit_scale, batch, index)
             source, check_values = self._prototypes, self.settings.check_values
             labels = {} if source is None else source.labels(batch, index, check_values=check_values)

@@ -29,6 +29,8 @@ ODD = {
 @pytest.mark.parametrize("samples", [1, 2, 3, 10, 100])
 @pytest.mark.parametrize("first", ODD)
 def test_odd_labelings_score_as_in_scikit_learn(samples, first):
+    if samples == 2 and tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 5):
+        pytest.skip("scikit-learn 1.4 gives 0 for two samples in a cluster each, compared with themselves")
     a = ODD[first](samples)
     for second in ODD.values():
         b = second(samples)
