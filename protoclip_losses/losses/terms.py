@@ -79,7 +79,7 @@ class WeightedTerm:
                 self.targets.load_state_dict(state["rows"])
 
 
-class WeightedTerms(list[WeightedTerm]):
+class WeightedTerms:
     """The terms of a source that have a weight, in its order.
 
     Args:
@@ -92,7 +92,7 @@ class WeightedTerms(list[WeightedTerm]):
     """
 
     def __init__(self, source: PrototypeSource | None, settings: ObjectiveSettings) -> None:
-        super().__init__()
+        self.terms: list[WeightedTerm] = []
         self.settings, self.version = settings, 0 if source is None else source.version
         if source is None or not source.terms:
             return
@@ -105,26 +105,26 @@ class WeightedTerms(list[WeightedTerm]):
             if weight:
                 part = "proto_external_loss" if is_external else "proto_loss"
                 temperature = settings.external_target_temperature if is_external else settings.target_temperature
-                self.append(
+                self.terms.append(
                     WeightedTerm(student, teacher, part, weight, *_constants(settings, student, teacher, term), temperature)
                 )
 
     def fill(self) -> None:
         """Compute all targets now, not when labels need them."""
-        for term in self:
+        for term in self.terms:
             term.fill()
 
     def check(self, batch: BatchFeatures, logit_scale: Tensor | float) -> dict[str, Tensor]:
         """Check the students' features, move the terms to their device, and return each student's scale."""
         scales: dict[str, Tensor] = {}
-        for student in dict.fromkeys(term.student for term in self):
+        for student in dict.fromkeys(term.student for term in self.terms):
             if student not in batch.students:
                 raise ValueError(f"features must hold the projected features of {student!r}, got {sorted(batch.students)}")
             h = batch.students[student]
             if check.values_are_checked(h, self.settings.check_values):
                 check.finite(f"projected features of {student!r}", h)
             scales[student] = check.scale("logit_scale_proto", logit_scale, h, self.settings.check_values)
-        for term in self:
+        for term in self.terms:
             h, width = batch.students[term.student], term.prototypes.shape[1]
             check.matrix(f"projected features of {term.student!r}", h, width=width, of=" as its prototypes")
             term.to(h.device)
@@ -140,13 +140,13 @@ class WeightedTerms(list[WeightedTerm]):
         ranks: RankRows,
     ) -> None:
         """Add this rank's share of each term to its part of the loss, and its accuracy to the metrics."""
-        if not self:
+        if not self.terms:
             return
-        usable = [term.usable(labels[term.teacher]) for term in self]
+        usable = [term.usable(labels[term.teacher]) for term in self.terms]
         row_masks = [x != -1 for x in usable]
         own_counts = torch.stack([mask.sum() for mask in row_masks])
         counts = ranks.sum(own_counts).clamp(min=1)
-        for i, term in enumerate(self):
+        for i, term in enumerate(self.terms):
             safe = usable[i].where(row_masks[i], 0)
             h, scale, delta = batch.students[term.student], scales[term.student], term.target_delta(safe)
             total, correct = label_nll_sum(
@@ -165,13 +165,13 @@ class WeightedTerms(list[WeightedTerm]):
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The targets of each term."""
-        return [term.state_dict(self.settings) for term in self]
+        return [term.state_dict(self.settings) for term in self.terms]
 
     def load_state_dict(self, saved: Sequence[Mapping[str, Any]] | None) -> None:
         """Take over the targets that were saved; None if they were computed at once (0.6 did not save those)."""
         if saved is None:
             self.fill()
-        for term in self:
+        for term in self.terms:
             term.load_state_dict(saved or (), self.settings)
 
 

@@ -73,12 +73,16 @@ class Prototypes(PrototypeSource, kind="episode"):
         """
         if index is None:
             raise ValueError("index must be given while prototypes are set: it tells which cluster each sample is in")
-        if unknown := features.teachers.keys() - self.external_teachers:
-            raise ValueError(f"teacher_features must be of {sorted(self.external_teachers)}, got {sorted(unknown)}")
+        for name in features.teachers:
+            if name not in self.external_teachers:
+                raise ValueError(f"teacher_features must be of {sorted(self.external_teachers)}, got [{name!r}]")
         positions = self.positions(index.to(features.device), check_values=check_values)
-        if next(iter(self.labels_by_teacher.values()), positions).device != positions.device:
-            self.labels_by_teacher = {teacher: x.to(positions.device) for teacher, x in self.labels_by_teacher.items()}
-        return {teacher: x[positions] for teacher, x in self.labels_by_teacher.items()}
+        labels = {}
+        for teacher, own in self.labels_by_teacher.items():
+            if own.device != positions.device:
+                own = self.labels_by_teacher[teacher] = own.to(positions.device)
+            labels[teacher] = own[positions]
+        return labels
 
     def signature(self) -> dict[str, object]:
         """Terms and a checksum of the prototypes: they must have been built, or loaded, together on all ranks."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,16 +104,16 @@ def _accepts_form_of_0_6(init: Callable[..., None]) -> Callable[..., None]:
 PrototypeTerm.__init__ = _accepts_form_of_0_6(PrototypeTerm.__init__)  # type: ignore[method-assign]
 
 
-class BatchFeatures(NamedTuple):
+class BatchFeatures:
     """Features of one batch, one row per sample.
 
-    Attributes:
+    Args:
         students: projected features (B, D) by modality; each modality is a teacher of the others.
         teachers: features (B, D_E) of external teachers by name.
     """
 
-    students: Mapping[str, Tensor]
-    teachers: Mapping[str, Tensor]
+    def __init__(self, students: Mapping[str, Tensor], teachers: Mapping[str, Tensor]) -> None:
+        self.students, self.teachers = students, teachers
 
     @property
     def by_name(self) -> dict[str, Tensor]:

@@ -303,7 +303,7 @@ def test_targets_are_saved_as_they_were_built(same):
             t["rows"]["values"] = t["rows"]["values"] + 1.0
     other = ProtoLoss(target_temperature=0.1, normalize_prototypes=not same)
     other.load_state_dict(state)
-    for term, t in zip(other._terms, targets, strict=True):
+    for term, t in zip(other._terms.terms, targets, strict=True):
         if t["rows"]:
             assert torch.equal(term.targets.values, t["rows"]["values"]) == same
             assert term.targets.num_missing == int(t["rows"]["missing"].sum() if same else K)
