@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,8 +216,11 @@ def test_grey_of_16_bits_with_a_transparent_value() -> None:
     array = np.full((8, 8), 20_000, np.uint16)
     array[:, :4] = 7
     data = io.BytesIO()
-    Image.fromarray(array).save(data, "PNG", transparency=7)
-    assert decode(data.getvalue(), 8)[0, 0].tolist() == [255] * 4 + [20_000 >> 8] * 4
+    Image.fromarray(array).save(data, "PNG")
+    chunk = b"tRNS" + (7).to_bytes(2, "big")  # older versions of Pillow read it and do not write it
+    chunk = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    header = 33  # of a PNG: its signature and the chunk with its size
+    assert decode(data.getvalue()[:header] + chunk + data.getvalue()[header:], 8)[0, 0].tolist() == [255] * 4 + [20_000 >> 8] * 4
 
 
 def test_values_of_unknown_range_are_no_picture() -> None:
