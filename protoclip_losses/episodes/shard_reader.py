@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .. import _checks as check
-from ..teachers.caption_cache import strings_digest
+from ..teachers.cache_record import strings_digest
 from .sampler import permutation, saved_count
 
 SAMPLES_PER_SHARD = 2**32  # sample indices reserved for a shard: more than any file has samples

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from .. import _checks as check
-from ..teachers.caption_cache import joined_digest, strings_digest
+from ..teachers.cache_record import joined_digest, strings_digest
 from .sampler import permutation, saved_count, shard_slice
 from .shard_reader import ShardReader, StreamPass
 

@@ -21,8 +21,8 @@ class Clustering:
 
     Attributes:
         centroids: (K, Dt) in the teacher's space.
-        labels: (N,) int64, -1 where the teacher's features were not finite; None in online mode, where the label of a sample is
-            the centroid nearest to its feature.
+        labels: (N,) int64, -1 where a sample has none; or (N, L), the centroids of a mixture, nearest first where they were
+            found by distance. None in online mode, where the label of a sample is the centroid nearest to its feature.
     """
 
     centroids: Tensor

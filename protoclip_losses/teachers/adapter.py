@@ -1,30 +1,29 @@
 """External teachers: features of every sample, from a file, a tensor or an encoder run once over the captions."""
 
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, active_group, rank, validate_on_all_ranks
-from .caption_cache import Encode, call_encoder, complete_cache, encode_to_file
+from ..distributed import Group, active_group, validate_on_all_ranks
+from .caption_cache import Encode, call_encoder, encode_over_ranks
+from .captions import Tokenizer, WordEncoder, encode_own_words, encoder_from_state
 from .files import companion, open_rows
-from .pca import PCA, fit_once, load_pca, pca_from_state
-
-BLOCK = 16_384  # rows read at a time
+from .pca import PCA, fit_pca, fit_pca_once, pca_from_state
+from .rows import TeacherRows
 
 
 class TeacherAdapter:
     """Features (n, D_E) of an external teacher by sample index.
 
-    Make one with :meth:`from_file`, :meth:`from_tensor` or :meth:`from_encoder`. ``teacher[index]`` takes an int64 tensor of
-    sample indices and returns float32 features; ``len(teacher)`` is the number of samples. ``dim`` reduces the width by PCA,
-    fitted once over all rows and frozen: read :attr:`dim` for the width that comes out.
+    Make one with :meth:`from_captions`, :meth:`from_encoder`, :meth:`from_file` or :meth:`from_tensor`. ``teacher[index]`` takes
+    an int64 tensor of sample indices and returns float32 features; ``len(teacher)`` is the number of samples. ``dim`` reduces
+    the width, by PCA that is fitted once over all rows and frozen: read :attr:`dim` for the width that comes out. A row of
+    zeros means that the teacher knows nothing of a sample, which then gets no label.
 
     **Use it when:** prototypes should follow the clusters of another model, such as a sentence encoder of the captions.
     **Not when:** only image and text features of the model in training are clustered: build without teachers.
@@ -51,8 +50,12 @@ class TeacherAdapter:
         encode: Encode | None = None,
         normalize: bool = False,
     ) -> None:
-        self._rows, self._encode, self.normalize, self.pca = rows, encode, normalize, pca
-        self._samples = None if index is None else index.cpu().sort()
+        self._rows, self._encode, self.pca = TeacherRows(rows, index, normalize), encode, pca
+
+    @property
+    def normalize(self) -> bool:
+        """Whether rows are L2-normalised, before PCA."""
+        return self._rows.normalize
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], dim: int | None = None, *, normalize: bool = False) -> "TeacherAdapter":
@@ -128,123 +131,120 @@ class TeacherAdapter:
         """
         path, group = Path(cache), active_group(process_group)
 
-        def run() -> list[str]:
-            captions = check.strings("texts", texts)
+        def checked() -> list[str]:
             if dim is not None:
                 check.positive_int("dim", dim)
-            if rank(group) == 0:
-                encode_to_file(encode, captions, path, batch_size, dtype, progress)
-            return captions
+            return check.strings("texts", texts)
 
-        captions = validate_on_all_ranks(run, group)
-        # A node that does not see the files, or sees others, raises on all ranks.
-        record, rows = validate_on_all_ranks(lambda: complete_cache(path, captions, dtype), group)
-        cached = {"rows of the cache": (rows.shape, zlib.crc32(rows[0].tobytes()))}
-        validate_on_all_ranks(lambda: None, group, signature=lambda: cached)
+        captions = validate_on_all_ranks(checked, group)
+        record, rows = encode_over_ranks(encode, captions, path, batch_size, dtype, progress, group)
         adapter = cls(rows, encode=encode, normalize=normalize)
-        if dim is None:
-            return adapter
-        fitted_on = {"texts": record.texts, "normalize": normalize, "dim": dim}
-        # A cache that 0.6 completed keeps the PCA that 0.6 fitted.
-        files = [companion(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
-
-        def fit() -> None:
-            if rank(group) == 0:
-                fit_once(lambda: adapter._fit(dim), path, files, fitted_on)
-
-        validate_on_all_ranks(fit, group)
-        adapter.pca = validate_on_all_ranks(lambda: load_pca(files, fitted_on), group)
+        if dim is not None:
+            fitted_on = {"texts": record.texts, "normalize": normalize, "dim": dim}
+            # A cache that 0.6 completed keeps the PCA that 0.6 fitted.
+            files = [companion(path, ".pca.npz"), *([path.with_suffix(".pca.npz")] if record.format == 0 else [])]
+            adapter.pca = fit_pca_once(lambda: fit_pca(adapter._rows, dim), path, files, fitted_on, group)
         return adapter
+
+    @classmethod
+    def from_captions(
+        cls,
+        texts: Sequence[str],
+        dim: int = 128,
+        cache: str | os.PathLike[str] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        process_group: Group | bool | None = None,
+    ) -> "TeacherAdapter":
+        """The captions' own words as the teacher, without any model: TF-IDF and a truncated SVD, see :class:`WordEncoder`.
+
+        A caption of which no word is known has a row of zeros, and gets no label. Under torch.distributed every rank passes
+        all captions; the first fits and encodes, the others get the same rows. Needs scikit-learn.
+
+        Args:
+            texts: N captions; row i belongs to sample i.
+            dim: width of the features.
+            cache: a .npy file for the features, as in :meth:`from_encoder`; vocabulary and components are kept with it in
+                ``NAME.words.npz``. None keeps the features in memory.
+            tokenizer: caption to its words; None takes runs of letters and digits, and pairs of characters in scripts without
+                spaces, such as Chinese and Japanese.
+            seed: of the truncated SVD.
+            progress: a bar with rate and ETA. None shows it if tqdm is installed.
+            process_group: None for the default group, ``False`` for this process alone, or a group.
+
+        Raises:
+            TypeError: texts that are no list of strings.
+            ValueError: captions without a word, texts that differ by rank; a cache as in :meth:`from_encoder`.
+
+        Example:
+            >>> teacher = TeacherAdapter.from_captions(["red bus", "old bus", "black cat", "small cat"], dim=2)
+            >>> teacher.encode(["the cat", "a dog"]) @ teacher[torch.arange(4)].T > 0.5
+            tensor([[False, False,  True,  True],
+                    [False, False, False, False]])
+        """
+        path = None if cache is None else Path(cache)
+        encoder, rows = encode_own_words(texts, dim, path, tokenizer, seed, progress, active_group(process_group))
+        return cls(rows, encode=encoder)
 
     @classmethod
     def _with_pca(cls, rows: Any, dim: int | None, *, normalize: bool, index: Tensor | None = None) -> "TeacherAdapter":
         adapter = cls(rows, normalize=normalize, index=index)
-        adapter.pca = None if dim is None else adapter._fit(dim)
+        adapter.pca = None if dim is None else fit_pca(adapter._rows, dim)
         return adapter
-
-    def _fit(self, dim: int) -> PCA:
-        check.positive_int("dim", dim)
-        if dim > min(self._rows.shape):
-            raise ValueError(f"dim must be at most the teacher's width and number of rows, {check.shape(self._rows)}, got {dim}")
-        return PCA.fit(self._blocks(), dim)
-
-    def _blocks(self) -> Iterator[Tensor]:
-        for start in range(0, len(self), BLOCK):
-            block = self._raw(torch.arange(start, min(start + BLOCK, len(self)), device="cpu"))
-            check.finite(f"teacher rows from {start}", block)
-            yield block
-
-    def _raw(self, index: Tensor) -> Tensor:
-        if isinstance(self._rows, Tensor):
-            rows = self._rows[index.to(self._rows.device)]
-        else:
-            block = np.asarray(self._rows[index.cpu().numpy()])
-            rows = torch.from_numpy(block.astype(block.dtype.newbyteorder("="), copy=False))
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        return torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows
 
     @property
     def dim(self) -> int:
         """Width D_E of the features that come out."""
-        return int(self._rows.shape[1]) if self.pca is None else self.pca.components.shape[1]
+        return self._rows.width if self.pca is None else self.pca.components.shape[1]
 
     def __repr__(self) -> str:
-        parts = [f"{len(self)} samples", f"dim={self.dim}", str(self._rows.dtype).removeprefix("torch.")]
+        parts = [f"{len(self)} samples", f"dim={self.dim}", self._rows.dtype]
         parts += [] if self.pca is None else [str(self.pca)]
         parts += ["normalize=True"] if self.normalize else []
         return f"TeacherAdapter({', '.join(parts)})"
 
     def __len__(self) -> int:
-        return int(self._rows.shape[0])
+        return len(self._rows)
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Features (n, D_E) of sample indices (n,), float32; a sample that the teacher does not have is an IndexError."""
-        check.integers("index", index)
-        row = index
-        bad = (index < 0) | (index >= len(self))
-        if self._samples is not None:
-            ordered, rows = self._samples
-            position = torch.searchsorted(ordered, index.cpu()).clamp(max=len(ordered) - 1)
-            row, bad = rows[position], ordered[position] != index.cpu()
-        if bool(bad.any()):
-            raise IndexError(
-                f"index must name samples of the teacher, which has {len(self)} rows: {int(bad.sum())} of {len(index)} are "
-                f"outside (sample {int(index[bad.to(index.device)][0])}, for one)"
-            )
-        return self._project(self._raw(row))
+        return self._project(self._rows[index])
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Features (n, D_E) of captions that have no index (streams), through the same normalisation and PCA."""
         if self._encode is None:
-            raise ValueError("encode needs a teacher made by TeacherAdapter.from_encoder: a file or a tensor has no encoder")
+            raise ValueError(
+                "encode needs a teacher made by TeacherAdapter.from_encoder or from_captions: a file or a tensor has no encoder"
+            )
         texts = check.strings("captions", captions)
         if not texts:
             return torch.zeros((0, self.dim), dtype=torch.float32, device="cpu")
-        rows = torch.from_numpy(call_encoder(self._encode, texts, int(self._rows.shape[1]))).float()
+        rows = torch.from_numpy(call_encoder(self._encode, texts, self._rows.width)).float()
         return self._project(torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows)
 
     def _project(self, rows: Tensor) -> Tensor:
         return rows.float() if self.pca is None else self.pca(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The frozen PCA, None for its width where there is none; the rows stay where they are."""
-        if self.pca is None:
-            return {"format": 1, "dim": None, "normalize": self.normalize}
-        pca = {"mean": self.pca.mean, "components": self.pca.components}
-        return {"format": 1, "dim": self.dim, "normalize": self.normalize, **pca}
+        """The frozen PCA, None for its width where there is none, and the encoder of the captions' words; not the rows."""
+        state: dict[str, Any] = {"format": 1, "dim": None if self.pca is None else self.dim, "normalize": self.normalize}
+        state |= {} if self.pca is None else self.pca.state_dict()
+        return state | ({"words": self._encode.state_dict()} if isinstance(self._encode, WordEncoder) else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a frozen PCA.
+        """Take over a frozen PCA, or the encoder of the captions' words that was fitted then.
 
         Raises:
-            ValueError: a PCA of another width, or of rows that were normalised where these are not.
+            ValueError: a PCA of another width, or of rows that were normalised where these are not; another kind of teacher.
             TypeError: a PCA that is not of floats.
         """
         if check.state_format("TeacherAdapter", state) > 0:
             check.state_matches("TeacherAdapter", state, {"normalize": self.normalize})
             check.state_has("TeacherAdapter", state, ["dim"])
-        if state.get("dim", state.get("mean")) is None:  # 0.6 saved a PCA alone, and nothing where there was none
-            self.pca = None
-        else:
-            device = self._rows.device if isinstance(self._rows, Tensor) else torch.device("cpu")
-            self.pca = pca_from_state("TeacherAdapter", state, self._rows.shape[1], device)
+        encode = encoder_from_state("TeacherAdapter", state, self._encode)
+        # 0.6 saved a PCA alone, and nothing where there was none.
+        has_pca = state.get("dim", state.get("mean")) is not None
+        pca = pca_from_state("TeacherAdapter", state, self._rows.width, self._rows.device) if has_pca else None
+        self._encode, self.pca = encode, pca

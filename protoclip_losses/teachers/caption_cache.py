@@ -6,11 +6,10 @@ whenever a run is killed, the record promises no row that is not there.
 """
 
 import errno
-import hashlib
-import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,26 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..distributed import Group, rank, validate_on_all_ranks
+from .cache_record import REMEDY, Record, find_record, is_of_0_6, strings_digest
 from .files import companion, locked, naming, open_rows, reserve, write_atomically
 
 Encode = Callable[[list[str]], "Tensor | np.ndarray[Any, Any]"]
-RECORD_BYTES = 4096  # more than any record has; a larger file of its name is somebody's captions
 SAME_ENCODER = 0.05  # largest distance of two encodings of a caption, relative to their length; bfloat16 gives about 0.01
-REMEDY = "delete it or name another file"
-
-
-def strings_digest(texts: Sequence[str]) -> str:
-    """A hash of strings and of where each ends."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
-
-
-def joined_digest(texts: Sequence[str]) -> str:
-    """The hash that 0.6 took: of the strings joined by NUL."""
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def call_encoder(encode: Encode, captions: list[str], width: int | None = None) -> "np.ndarray[Any, Any]":
@@ -66,59 +51,6 @@ def call_encoder(encode: Encode, captions: list[str], width: int | None = None) 
     return rows
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a cache was made from, and how many of its rows are done; ``width`` is None and ``format`` 0 in one of 0.6."""
-
-    texts: str
-    count: int
-    done: int
-    dtype: str
-    width: int | None = None
-    format: int = 0
-
-    @classmethod
-    def read(cls, path: Path) -> "Record | None":
-        """The record in a file; None if there is no file, or one that is something else."""
-        if not path.is_file() or path.stat().st_size > RECORD_BYTES:
-            return None
-        try:
-            record = cls(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
-            return None
-        fits = isinstance(record.done, int) and isinstance(record.count, int) and 0 <= record.done <= record.count
-        return record if fits and record.format in (0, 1) else None
-
-    def write(self, path: Path) -> None:
-        """Replace the record in the file."""
-        write_atomically(path, lambda file: file.write(json.dumps(asdict(self)).encode()))
-
-
-def find_record(path: Path, texts: Sequence[str]) -> Record | None:
-    """The record of these captions; None where there is no cache, or none of its rows is done.
-
-    0.6 gave the record of ``caps.npy`` the name ``caps.json``, which other caches and other files can have too.
-    """
-    name, name_of_0_6 = companion(path, ".json"), path.with_suffix(".json")
-    # In the reverse of the order in which they are written: another process may do so now.
-    has_rows, old, has_record, own = path.exists(), Record.read(name_of_0_6), name.exists(), Record.read(name)
-    if has_record if own is None else own.format == 0 and name != name_of_0_6:
-        raise ValueError(f"{name} must be the record of the cache {path}, got another file: name the cache otherwise")
-    if not has_rows or (own is not None and own.done == 0):
-        return None
-    record = own or old
-    if record is None or (own is None and record.format > 0):
-        raise ValueError(f"cache {path} must have its record {name.name} with it, got the file alone: {REMEDY}")
-    if not (is_of_0_6(record, texts) if record.format == 0 else record.texts == strings_digest(texts)):
-        raise ValueError(f"cache {path} was made from other texts ({record.count} of them): {REMEDY}")
-    return record if record.done else None
-
-
-def is_of_0_6(record: Record, texts: Sequence[str]) -> bool:
-    """Whether 0.6 wrote this record, of these captions. Those that hold NUL have the digest of others that were joined by it."""
-    return record.format == 0 and record.texts == joined_digest(texts) and not any("\0" in text for text in texts)
-
-
 def open_cache(path: Path, texts: Sequence[str], dtype: str) -> "tuple[Record, np.memmap[Any, Any]] | None":
     """The record and the rows of a cache, each checked against the other and against what is asked for; None if there is none."""
     record = find_record(path, texts)
@@ -142,6 +74,29 @@ def complete_cache(path: Path, texts: Sequence[str], dtype: str) -> "tuple[Recor
     if found is None or found[0].done < len(texts):
         raise FileNotFoundError(errno.ENOENT, "no complete cache of these captions", str(path))
     return found
+
+
+def encode_over_ranks(
+    encode: Encode,
+    texts: list[str],
+    path: Path,
+    batch_size: int,
+    dtype: str,
+    progress: bool | None,
+    group: Group | None,
+) -> "tuple[Record, np.memmap[Any, Any]]":
+    """The first rank fills ``path``; all ranks open it, and raise together where one does not see the same file."""
+
+    def fill() -> None:
+        if rank(group) == 0:
+            encode_to_file(encode, texts, path, batch_size, dtype, progress)
+
+    validate_on_all_ranks(fill, group)
+    # A node that does not see the files, or sees others, raises on all ranks.
+    record, rows = validate_on_all_ranks(lambda: complete_cache(path, texts, dtype), group)
+    cached = {"rows of the cache": (rows.shape, zlib.crc32(rows[0].tobytes()))}
+    validate_on_all_ranks(lambda: None, group, signature=lambda: cached)
+    return record, rows
 
 
 def encode_to_file(encode: Encode, texts: Sequence[str], path: Path, batch_size: int, dtype: str, progress: bool | None) -> None:
@@ -188,7 +143,7 @@ def _encode_rest(
     encode: Encode, texts: Sequence[str], path: Path, record: Record, batch_size: int, progress: bool | None
 ) -> None:
     total = len(texts)
-    for start in _progress(range(record.done, total, batch_size), progress, record.done, total, batch_size):
+    for start in show_progress(range(record.done, total, batch_size), progress, record.done, total, batch_size):
         block = call_encoder(encode, list(texts[start : start + batch_size]), record.width)
         if np.abs(block).max() > np.finfo(record.dtype).max:
             raise ValueError(f"encode returned {np.abs(block).max():.3g}, which overflows {record.dtype}: pass dtype='float32'")
@@ -214,8 +169,9 @@ def _make_file(path: Path, shape: tuple[int, int], dtype: str) -> None:
     write_atomically(path, write)
 
 
-def _progress(starts: range, show: bool | None, done: int, total: int, batch_size: int) -> Iterator[int]:
-    if show is False:
+def show_progress(starts: range, show: bool | None, done: int, total: int, batch_size: int) -> Iterator[int]:
+    """The starts of batches, with a bar of the captions that are done; None shows it for several if tqdm is installed."""
+    if show is False or (show is None and len(starts) == 1):
         yield from starts
         return
     try:

@@ -1,21 +1,16 @@
 """Principal components of a teacher's features, fitted once and frozen."""
 
-import errno
-import json
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .files import locked, write_atomically
-
-UNREADABLE = (FileNotFoundError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile)
+from ..distributed import Group, rank, validate_on_all_ranks
+from .fitted import fit_once, load_fitted
+from .rows import TeacherRows
 
 
 class PCA:
@@ -87,6 +82,10 @@ class PCA:
         """Rows (n, D_E) to (n, dim), float32."""
         return (x.float() - self.mean) @ self.components
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Mean and components, as the constructor takes them."""
+        return {"mean": self.mean, "components": self.components}
+
 
 def pca_from_state(owner: str, state: Mapping[str, Any], width: int, device: torch.device) -> PCA:
     """The PCA in a saved state, checked: one of rows of this width."""
@@ -99,22 +98,23 @@ def pca_from_state(owner: str, state: Mapping[str, Any], width: int, device: tor
     return PCA(mean.to(device, copy=True), components.to(device, copy=True))
 
 
-def fit_once(fit: Callable[[], PCA], cache: Path, paths: Sequence[Path], fitted_on: Mapping[str, Any]) -> None:
-    """Fit a PCA of a cache and save it, with what it was fitted on, in the first of these files, unless one of them has it."""
-    try:
-        load_pca(paths, fitted_on)
-    except FileNotFoundError:
-        with locked(cache):  # another process may do the same
-            pca, settings = fit(), json.dumps(fitted_on)
-            arrays = pca.mean.numpy(), pca.components.numpy()
-            write_atomically(paths[0], lambda file: np.savez(file, mean=arrays[0], components=arrays[1], of=settings))
+def fit_pca(rows: TeacherRows, dim: int) -> PCA:
+    """A PCA of all rows."""
+    check.positive_int("dim", dim)
+    if dim > min(len(rows), rows.width):
+        shape = (len(rows), rows.width)
+        raise ValueError(f"dim must be at most the teacher's width and number of rows, {shape}, got {dim}")
+    return PCA.fit(rows.blocks(), dim)
 
 
-def load_pca(paths: Sequence[Path], fitted_on: Mapping[str, Any]) -> PCA:
-    """The PCA in the first of these files that was fitted on this; FileNotFoundError if there is none."""
-    for path in paths:
-        # A file that is cut short is as good as none: the PCA is fitted again.
-        with suppress(*UNREADABLE), np.load(path, allow_pickle=False) as saved:
-            if json.loads(str(saved["of"])) == fitted_on:
-                return PCA(torch.from_numpy(saved["mean"]), torch.from_numpy(saved["components"]))
-    raise FileNotFoundError(errno.ENOENT, "no PCA that was fitted on these captions", str(paths[0]))
+def fit_pca_once(
+    fit: Callable[[], PCA], cache: Path, files: Sequence[Path], fitted_on: Mapping[str, Any], group: Group | None
+) -> PCA:
+    """The PCA that is kept with a cache: the first rank fits it where there is none, and all read it."""
+
+    def fit_on_first_rank() -> None:
+        if rank(group) == 0:
+            fit_once(lambda: fit().state_dict(), cache, files, fitted_on)
+
+    validate_on_all_ranks(fit_on_first_rank, group)
+    return validate_on_all_ranks(lambda: PCA(**load_fitted(files, fitted_on)), group)

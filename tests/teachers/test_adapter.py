@@ -247,7 +247,7 @@ def test_pca_is_the_svd_of_the_centred_rows(dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pca_of_many_blocks_is_that_of_all_rows_even_far_from_the_origin(monkeypatch, dtype):
     x = (spread(1000) + 1000).to(dtype)
-    monkeypatch.setattr("protoclip_losses.teachers.adapter.BLOCK", 128)
+    monkeypatch.setattr("protoclip_losses.teachers.rows.BLOCK", 128)
     pca = TeacherAdapter.from_tensor(x, 4).pca
     assert torch.allclose(pca.mean.double(), x.double().mean(0), rtol=1e-7, atol=0)
     wanted = PCA.fit([x], 4)
@@ -264,7 +264,7 @@ def test_pca_has_its_largest_entry_positive_whatever_the_signs_of_the_rows():
 
 
 def test_pca_uses_every_row(monkeypatch):
-    monkeypatch.setattr("protoclip_losses.teachers.adapter.BLOCK", 64)
+    monkeypatch.setattr("protoclip_losses.teachers.rows.BLOCK", 64)
     x = spread(193)
     x[192, 0] += 1e4  # alone in the last block
     assert TeacherAdapter.from_tensor(x, 1).pca.components[0, 0] > 0.99
@@ -284,7 +284,7 @@ def test_a_width_that_is_not_there_is_an_error(tmp_path, dim, error):
 def test_rows_that_are_not_finite_have_no_pca_but_can_be_clustered_around(monkeypatch):
     x = spread()
     x[150, 3] = torch.nan
-    monkeypatch.setattr("protoclip_losses.teachers.adapter.BLOCK", 64)
+    monkeypatch.setattr("protoclip_losses.teachers.rows.BLOCK", 64)
     with pytest.raises(ValueError, match="teacher rows from 128 must be finite, got NaN or Inf: 1 of 64 rows, the first at 22"):
         TeacherAdapter.from_tensor(x, 4)
     assert TeacherAdapter.from_tensor(x)[torch.tensor([150])].isnan().any()
