@@ -94,11 +94,12 @@ class PrototypicalBackTranslation(nn.Module):
 def back_translate_over_ranks(
     labels: Tensor, features: Tensor, num_prototypes: int, group: Group | None
 ) -> tuple[Tensor, Tensor]:
-    """Prototypes (K, D) and counts (K,) from the labels (n,) and features (n, D) of all ranks; sums are in float64.
+    """Prototypes (K, D) and counts (K,) from the labels (n,) or (n, L) and features (n, D) of all ranks; sums are in float64.
 
-    Rows that are not finite are left out, as are those with label -1.
+    Rows that are not finite are left out, as are labels of -1; a row with several labels counts for each of them.
     """
-    labels = labels.where(finite_rows(features), -1)
-    sums = sum_over_ranks(segment_sums_and_counts(labels, features, num_prototypes), group)
+    columns = labels.reshape(len(labels), -1).where(finite_rows(features)[:, None], -1).unbind(1)
+    sums = torch.stack([segment_sums_and_counts(column, features, num_prototypes) for column in columns]).sum(0)
+    sums = sum_over_ranks(sums, group)
     prototypes, counts = segment_means_and_counts(sums)
     return prototypes.to(torch.promote_types(features.dtype, torch.float32)), counts

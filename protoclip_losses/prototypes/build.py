@@ -1,7 +1,7 @@
 """Episodic clustering: K-means of each teacher's features over one episode, then back translation into each student's space."""
 
-import json
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,20 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..clustering.kmeans import SETTINGS, KMeans, KMeansResult
-from ..distributed import Group, RankRows, active_group, gather_sizes, gather_strings, validate_on_all_ranks, validate_rows
+from ..distributed import Group, RankRows, active_group, gather_sizes, rank, validate_on_all_ranks, world_size
 from ..episodes import FeatureBank
 from .back_translation import back_translate_over_ranks
 from .episode import Prototypes
-from .report import EpisodeReport, agreements, centroid_drift, changed_share
-from .source import Clustering, PrototypeTerm
+from .episode_changes import compare
+from .episode_rows import clustering_of, first_occurrences, labels_of, modalities, with_teachers
+from .report import EpisodeReport, agreements
+from .source import Clustering, PrototypeTerm, nearest_label
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
+
+Fixed = Clustering | KMeansResult  # a teacher that was clustered over the whole data set
+FIXED = (Clustering, KMeansResult)
 
 
 class EpisodicClusterer:
@@ -40,6 +45,7 @@ class EpisodicClusterer:
         nredo: K-means runs, of which the best is kept.
         backend: the engine, ``"auto"``, ``"torch"`` or ``"faiss"``; :class:`KMeans` says which is for what.
         spherical: normalise the centroids in each iteration. The paper does not.
+        labels_per_sample: the L nearest centroids that a sample belongs to, as a mixture with equal weights.
         seed: of K-means.
         device: where K-means runs; None leaves it to the engine.
         warm_start: :meth:`build` starts K-means from the last centroids, so that prototypes keep their ids. The paper does not.
@@ -67,6 +73,7 @@ class EpisodicClusterer:
         self,
         num_prototypes: int,
         *,
+        labels_per_sample: int = 1,
         niter: int = 20,
         tol: float = 1e-3,
         nredo: int = 1,
@@ -81,6 +88,9 @@ class EpisodicClusterer:
         self.num_prototypes, self.niter, self.tol, self.nredo, self.backend = num_prototypes, niter, tol, nredo, backend
         self.spherical, self.seed, self.device, self.warm_start = spherical, seed, device, warm_start
         self.max_dropped, self.process_group = max_dropped, process_group
+        self.labels_per_sample = check.positive_int("labels_per_sample", labels_per_sample)
+        if labels_per_sample > num_prototypes:
+            raise ValueError(f"labels_per_sample must be at most num_prototypes={num_prototypes}, got {labels_per_sample}")
         self.previous: Prototypes | None = None
         self._kmeans()  # raises for a bad setting
 
@@ -88,7 +98,7 @@ class EpisodicClusterer:
         return _FeatureKMeans(self.num_prototypes, **{name: getattr(self, name) for name in SETTINGS})
 
     def __repr__(self) -> str:
-        names = (*SETTINGS, "warm_start")
+        names = (*SETTINGS, "labels_per_sample", "warm_start")
         return f"EpisodicClusterer({self.num_prototypes}, {', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
@@ -101,7 +111,31 @@ class EpisodicClusterer:
         """Cluster this rank's rows (N, D) together with those of all ranks, with no prototypes: see :meth:`KMeans.fit`."""
         return self._kmeans().fit(features, init=init, index=index)
 
-    def build(self, bank: FeatureBank, teachers: "Sequence[TeacherAdapter] | Mapping[str, TeacherAdapter]" = ()) -> Prototypes:
+    def fit_teacher(self, teacher: "TeacherAdapter") -> Clustering:
+        """Cluster a teacher over all its samples, once: :meth:`build` takes the clustering in its place, and is spared K-means.
+
+        Ranks share the work, and all get the labels of all samples; a row of zeros, which tells nothing, gets none.
+
+        Returns:
+            A :class:`Clustering` with labels by sample index: (N,), or (N, L) with ``labels_per_sample`` greater than 1.
+
+        Raises:
+            ValueError: fewer rows than clusters, or too many with NaN or Inf, as in :meth:`fit`.
+        """
+        group = active_group(self.process_group)
+        share = torch.arange(len(teacher), device="cpu").tensor_split(world_size(group))[rank(group)]
+        rows = validate_on_all_ranks(lambda: teacher[share], group, signature=lambda: {"samples of the teacher": len(teacher)})
+        result, labels = self._fit_known(rows, share.to(rows.device))
+        return Clustering(result.centroids, RankRows(group, gather_sizes(len(share), group)).gather(labels))
+
+    def build(
+        self,
+        bank: FeatureBank,
+        teachers: "Sequence[TeacherAdapter | Fixed] | Mapping[str, TeacherAdapter | Fixed]" = (),
+        *,
+        internal: bool = True,
+        index: Tensor | None = None,
+    ) -> Prototypes:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
 
         Each modality is a student of every other modality and of every external teacher. Labels of the whole episode are
@@ -110,53 +144,91 @@ class EpisodicClusterer:
 
         Args:
             bank: this rank's rows of the episode, all written.
-            teachers: external teachers, a mapping of names or a list (named ``teacher0``, ``teacher1``, ...).
+            teachers: external teachers, a mapping of names or a list (named ``teacher0``, ``teacher1``, ...). One that was
+                clustered over the whole data set, by :meth:`fit_teacher` or :class:`KMeans`, is not clustered again: a
+                :class:`Clustering` or a :class:`KMeansResult`, with labels by sample index.
+            internal: whether to cluster the bank's modalities too; False leaves external teachers alone.
+            index: (M,) int64, the samples that will be trained, if other than the bank's: features that training computed then
+                serve the next episode. Every teacher must have been clustered before. The same on all ranks.
+
+        A label whose prototype is not valid, as none of the bank's samples has it, becomes -1.
 
         Returns:
             The prototypes, with an :class:`EpisodeReport` in ``report``.
 
         Raises:
-            ValueError: bank rows never written, a teacher's name that is a modality, wrong numbers of rows, K > N.
+            ValueError: bank rows never written, a teacher's name that is a modality, wrong numbers of rows, K > N, nothing to
+                build, an ``index`` with a teacher that has to be clustered.
             IndexError: a sample that a teacher does not have.
         """
         start = time.perf_counter()
         group = active_group(self.process_group)
-        external = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
-        features, ranks = _modalities(bank, group)
+        named = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
+        external = {name: clustering_of(name, t) if isinstance(t, FIXED) else t for name, t in named.items()}
+        features, ranks = modalities(bank, group)
+        wanted = [*(features if internal else ()), *external]
         sources = validate_on_all_ranks(
-            lambda: _with_teachers(features, bank.index, external),
+            lambda: with_teachers(features, bank.index, external, wanted, index),
             group,
             signature=lambda: {
                 "modalities": [(name, x.shape[1], x.dtype) for name, x in features.items()],
-                "teachers": list(external),
-                "warm_start": self.warm_start,
+                "teachers": [(name, t.checksum() if isinstance(t, Clustering) else "features") for name, t in external.items()],
+                "warm_start, internal and labels_per_sample": (self.warm_start, internal, self.labels_per_sample),
+                "index": None if index is None else zlib.crc32(index.cpu().numpy().tobytes()),
             },
         )
-        index, owned = _first_occurrences(ranks.gather(bank.index), ranks)
+        held, owned = first_occurrences(ranks.gather(bank.index), ranks)
         owned_ranks = RankRows(group, gather_sizes(int(owned.sum()), group))
         own_index = bank.index[owned]
         if not bool(owned.all()):
             sources = {name: x[owned] for name, x in sources.items()}
         order = owned_ranks.gather(own_index).argsort()
+        trained = held if index is None else index.to(held.device)
         seconds = {"collect": time.perf_counter() - start, "back_translate": 0.0}
         terms, reports = {}, {}
-        for teacher, source in sources.items():
-            result = self.fit(source, init=self._warm_centroids(teacher, source.shape[1]), index=own_index)
-            reports[teacher] = result.report
+        for name in wanted:
+            teacher = external.get(name)
+            if isinstance(teacher, Clustering):
+                centroids, own_labels, labels = (
+                    teacher.centroids.to(held.device),
+                    sources[name],
+                    labels_of(name, teacher, trained),
+                )
+            else:
+                source = sources[name]
+                result, own_labels = self._fit_known(
+                    source, own_index, self._warm_centroids(name, source.shape[1]), zeros_are_rows=teacher is None
+                )
+                centroids, labels, reports[name] = result.centroids, owned_ranks.gather(own_labels)[order], result.report
             start = time.perf_counter()
-            clustering = Clustering(result.centroids, owned_ranks.gather(result.labels)[order])
-            for student in (name for name in features if name != teacher):
-                means, counts = back_translate_over_ranks(result.labels, sources[student], self.num_prototypes, group)
-                terms[student, teacher] = PrototypeTerm(means, (counts > 0) & (result.counts > 0), clustering)
+            students = [student for student in features if student != name]
+            found = {s: back_translate_over_ranks(own_labels, sources[s], len(centroids), group) for s in students}
+            in_use = torch.stack([counts > 0 for _, counts in found.values()])
+            clustering = Clustering(centroids, labels.where(in_use.any(0)[labels.clamp(min=0)], -1))
+            for (student, (means, _)), valid in zip(found.items(), in_use, strict=True):
+                terms[student, name] = PrototypeTerm(means, valid, clustering)
             seconds["back_translate"] += time.perf_counter() - start
-        prototypes = Prototypes(index, terms)
+        prototypes = Prototypes(trained, terms)
         start = time.perf_counter()
-        drift, changed = ({}, {}) if self.previous is None else _compare(prototypes, self.previous)
-        agreement = agreements(prototypes.labels_by_teacher)
+        drift, changed = ({}, {}) if self.previous is None else compare(prototypes, self.previous, reports)
+        agreement = agreements({name: nearest_label(x) for name, x in prototypes.labels_by_teacher.items()})
         seconds["compare"] = time.perf_counter() - start
-        prototypes.report = EpisodeReport(reports, agreement, drift, changed, seconds)
+        unlabelled = {name: int((x.reshape(len(x), -1) < 0).all(1).sum()) for name, x in prototypes.labels_by_teacher.items()}
+        prototypes.report = EpisodeReport(reports, agreement, drift, changed, seconds, unlabelled)
         self.previous = prototypes
         return prototypes
+
+    def _fit_known(
+        self, rows: Tensor, index: Tensor, init: Tensor | None = None, *, zeros_are_rows: bool = False
+    ) -> tuple[KMeansResult, Tensor]:
+        """K-means of the rows that are not all zero, and the label or labels of every row, -1 for the others."""
+        known = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if zeros_are_rows else rows.any(1)
+        some = rows if bool(known.all()) else rows[known]
+        result = self.fit(some, init=init, index=index[known])
+        found = result.labels if self.labels_per_sample == 1 else result.predict(some, self.labels_per_sample)
+        labels = torch.full((len(rows), *found.shape[1:]), -1, dtype=torch.int64, device=rows.device)
+        labels[known] = found
+        return result, labels
 
     def _warm_centroids(self, teacher: str, width: int) -> Tensor | None:
         """The last centroids, if a warm start is wanted and they fit."""
@@ -176,64 +248,3 @@ class EpisodicClusterer:
 
 class _FeatureKMeans(KMeans):
     _x_name, _k_name = "features", "num_prototypes"
-
-
-def _modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], RankRows]:
-    """The bank's features, and the rows of each rank; an empty bank that no batch reached has the others' features, no rows."""
-
-    def complete() -> dict[str, Tensor]:
-        if not isinstance(bank, FeatureBank):
-            raise TypeError(f"bank must be a FeatureBank, got {type(bank).__name__}")
-        if len(bank.index) or group is None:
-            bank.require_complete()
-        return bank.features
-
-    features, ranks = validate_rows(complete, group, len(bank.index) if isinstance(bank, FeatureBank) else 0)
-    kinds = json.dumps([(name, x.shape[1], str(x.dtype).removeprefix("torch.")) for name, x in features.items()])
-    all_kinds = [kind for kind in map(json.loads, gather_strings(kinds, group)) if kind]
-    if not all_kinds:
-        raise ValueError("bank must hold a sample on some rank, got none on any")
-    if not features:
-        device = bank.index.device
-        return {n: torch.empty((0, w), dtype=getattr(torch, d), device=device) for n, w, d in all_kinds[0]}, ranks
-    return dict(features), ranks
-
-
-def _with_teachers(features: Mapping[str, Tensor], index: Tensor, teachers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Everything that is clustered, by name: the bank's modalities and the teachers' features of its samples."""
-    sources = dict(features)
-    for name, teacher in teachers.items():
-        if name in sources:
-            raise ValueError(f"teachers must not be named like a modality of the bank, got {name!r}")
-        rows = teacher[index]
-        if rows.shape[0] != len(index):
-            raise ValueError(f"teacher {name!r} must give {len(index)} rows for as many indices, got {rows.shape[0]}")
-        sources[name] = rows.to(index.device)
-    return sources
-
-
-def _first_occurrences(gathered: Tensor, ranks: RankRows) -> tuple[Tensor, Tensor]:
-    """The episode's samples (N,), sorted, and which of this rank's rows (n,) are the first to hold theirs."""
-    index, inverse = torch.unique(gathered, return_inverse=True)
-    position = torch.arange(len(gathered), device=gathered.device)
-    first = torch.full_like(index, len(gathered)).scatter_reduce_(0, inverse, position, "amin")
-    return index, (first[inverse] == position)[ranks.own]
-
-
-def _compare(now: Prototypes, before: Prototypes) -> tuple[dict[str, float], dict[str, float]]:
-    """Drift and share of changed labels of each clustering that both have; see :class:`EpisodeReport`."""
-    drift: dict[str, float] = {}
-    changed: dict[str, float] = {}
-    common = torch.isin(now.index, before.index.to(now.index.device))
-    position = before.positions(now.index[common].to(before.index.device), check_values=False)
-    for teacher, clustering in now.clusterings.items():
-        old = before.clusterings.get(teacher)
-        if old is None or old.centroids.shape[1] != clustering.centroids.shape[1]:
-            continue
-        labels = now.labels_by_teacher[teacher]
-        old_labels = before.labels_by_teacher[teacher].to(before.index.device)  # the loss may have moved them to its own
-        drift[teacher], successors = centroid_drift(clustering.centroids, labels, old.centroids, old_labels)
-        share = changed_share(successors, labels[common], old_labels[position].to(labels.device))
-        if share is not None:
-            changed[teacher] = share
-    return drift, changed

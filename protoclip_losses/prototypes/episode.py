@@ -1,6 +1,5 @@
 """The prototypes of an episode, with labels by sample index."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .report import EpisodeReport
-from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
+from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
 
 
 class Prototypes(PrototypeSource, kind="episode"):
@@ -26,7 +25,7 @@ class Prototypes(PrototypeSource, kind="episode"):
         report: how the clustering went. Not saved.
 
     Attributes:
-        labels_by_teacher: (N,) int64 of each teacher, -1 for samples without a cluster.
+        labels_by_teacher: (N,) or (N, L) int64 of each teacher, -1 for samples without a cluster.
         report: an :class:`EpisodeReport`, empty if the prototypes were not built here.
 
     Example:
@@ -51,7 +50,7 @@ class Prototypes(PrototypeSource, kind="episode"):
             own = term.labels
             if own is None:
                 raise ValueError(f"labels of ({student}, {teacher}) must be given for an episode, got None")
-            check.integers(f"labels of ({student}, {teacher})", own, length=len(index), of=" as index")
+            check.labels(f"labels of ({student}, {teacher})", own, rows=len(index), of=" as index")
             if own is not labels.setdefault(teacher, own) and not torch.equal(own, labels[teacher]):
                 raise ValueError(
                     f"labels of teacher {teacher!r} must be the same for all its students, those of {student!r} differ"
@@ -65,7 +64,7 @@ class Prototypes(PrototypeSource, kind="episode"):
         return f"Prototypes({len(self.index)} samples; {pairs})"
 
     def labels(self, features: BatchFeatures, index: Tensor | None, *, check_values: bool | None = None) -> dict[str, Tensor]:
-        """Labels (B,) of each teacher by sample index; the features are not looked at.
+        """Labels (B,) or (B, L) of each teacher by sample index; the features are not looked at.
 
         Raises:
             ValueError: no index, or features of a teacher that was not clustered.
@@ -87,9 +86,7 @@ class Prototypes(PrototypeSource, kind="episode"):
     def signature(self) -> dict[str, object]:
         """Terms and a checksum of the prototypes: they must have been built, or loaded, together on all ranks."""
         if self._checksum is None:
-            self._checksum = zlib.crc32(
-                b"".join(term.prototypes.contiguous().cpu().view(torch.uint8).numpy().tobytes() for term in self.terms.values())
-            )
+            self._checksum = checksum(*(term.prototypes for term in self.terms.values()))
         return {**super().signature(), "the checksum of the prototypes, which one build gives to all ranks": self._checksum}
 
     def positions(self, index: Tensor, *, check_values: bool | None = None) -> Tensor:

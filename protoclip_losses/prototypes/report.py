@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import torch
 from torch import Tensor
 
 from ..clustering.agreement import adjusted_agreement
-from ..clustering.assign import assign
 from ..clustering.report import ClusteringReport
 
 
@@ -27,6 +25,8 @@ class EpisodeReport:
         changed: for each clustering, of the samples that the last episode had too, the share whose centroid is nearest to
             another old centroid than their old one.
         seconds: duration of each stage.
+        unlabelled: for each teacher, samples without a label: its features are NaN, Inf or all zero, or no sample of the bank
+            has their label.
     """
 
     clusterings: Mapping[str, ClusteringReport]
@@ -34,6 +34,7 @@ class EpisodeReport:
     drift: Mapping[str, float] = field(default_factory=dict)
     changed: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    unlabelled: Mapping[str, int] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """Every number under its own name, for any logger: ``for name, value in report.scalars().items(): ...``"""
@@ -42,27 +43,10 @@ class EpisodeReport:
             values |= {f"{first}-{second}/ari": rand, f"{first}-{second}/ami": information}
         values |= {f"{teacher}/drift": v for teacher, v in self.drift.items()}
         values |= {f"{teacher}/changed": v for teacher, v in self.changed.items()}
+        values |= {f"{teacher}/unlabelled": float(v) for teacher, v in self.unlabelled.items()}
         return values | {f"seconds/{stage}": v for stage, v in self.seconds.items()}
 
 
 def agreements(labels: Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[float, float]]:
     """Adjusted Rand index and adjusted mutual information of each two clusterings (N,) of the same samples."""
     return {(a, b): adjusted_agreement(x, y) for (a, x), (b, y) in combinations(labels.items(), 2)}
-
-
-def centroid_drift(centroids: Tensor, labels: Tensor, old_centroids: Tensor, old_labels: Tensor) -> tuple[float, Tensor]:
-    """Mean distance from the centroids in use (K, D) to the nearest old ones in use (K', D), and the ids of these (K,)."""
-    old_ids = _in_use(old_labels, len(old_centroids)).nonzero()[:, 0]
-    nearest, distances = assign(centroids, old_centroids[old_ids])
-    drift = float(distances[_in_use(labels, len(centroids))].sqrt().mean())
-    return drift, old_ids.to(nearest.device)[nearest]
-
-
-def changed_share(successors: Tensor, labels: Tensor, old_labels: Tensor) -> float | None:
-    """Share of samples whose centroid's nearest old one (K,) is not their old one; None without a sample labelled in both."""
-    both = (labels >= 0) & (old_labels >= 0)
-    return float((successors[labels[both]] != old_labels[both]).double().mean()) if bool(both.any()) else None
-
-
-def _in_use(labels: Tensor, num_clusters: int) -> Tensor:
-    return torch.bincount(labels + 1, minlength=num_clusters + 1)[1:] > 0

@@ -1,5 +1,6 @@
 """What a prototype term is made of, and the interface through which ProtoLoss gets it."""
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,13 +32,27 @@ class Clustering:
     def __post_init__(self) -> None:
         check.matrix("centroids", self.centroids)
         if self.labels is not None:
-            check.integers("labels", self.labels)
+            labels = check.labels("labels", self.labels)
             num = self.centroids.shape[0]
-            check.label_range("labels", self.labels.where(self.labels != -1, 0), num, " or be -1")
+            check.label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
+
+    def checksum(self) -> int:
+        """Of centroids and labels, which all ranks must have alike."""
+        return checksum(self.centroids, *([] if self.labels is None else [self.labels]))
 
     def to(self, device: torch.device | str) -> "Clustering":
         """The same on another device."""
         return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
+
+
+def nearest_label(labels: Tensor) -> Tensor:
+    """(N,), the first of several labels (N, L) of each sample."""
+    return labels if labels.dim() == 1 else labels[:, 0]
+
+
+def checksum(*tensors: Tensor) -> int:
+    """A number that differs between tensors of different bits, as far as 32 of them can tell."""
+    return zlib.crc32(b"".join(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes() for x in tensors))
 
 
 @dataclass(frozen=True)

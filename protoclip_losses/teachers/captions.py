@@ -105,8 +105,9 @@ class WordEncoder:
         if x.shape[1] == 1:  # TruncatedSVD wants two words at least
             components[0, 0] = 1
         else:
-            # As many directions more as are wanted: with few, the last ones depend on the draw.
-            svd = decomposition.TruncatedSVD(rank, n_iter=5, n_oversamples=rank, random_state=seed % 2**32).fit(x)
+            # ARPACK is exact, and cannot find all directions; the randomized algorithm is exact where all are wanted.
+            algorithm = "arpack" if rank < min(x.shape) else "randomized"
+            svd = decomposition.TruncatedSVD(rank, algorithm=algorithm, random_state=seed % 2**32).fit(x)
             components[:, :rank] = svd.components_.T
         return cls(tfidf.get_feature_names_out().tolist(), torch.from_numpy(tfidf.idf_), torch.from_numpy(components), tokenizer)
 

@@ -186,9 +186,11 @@ def test_a_cluster_whose_members_a_student_lost_is_invalid_for_that_student():
     image[groups == 2] = torch.nan
     prototypes = EpisodicClusterer(4, nredo=20, max_dropped=0.5).build(filled_bank(random_index(), image=image, text=text))
     term = prototypes.terms["image", "text"]
-    lost = int(term.labels[groups[prototypes.index] == 2][0])
-    assert term.valid.tolist() == [k != lost for k in range(4)]
-    assert (term.prototypes[lost] == 0).all()
+    kept = {int(k) for k in term.labels[groups[prototypes.index] != 2]}
+    assert term.valid.tolist() == [k in kept for k in range(4)]
+    assert (term.labels[groups[prototypes.index] == 2] == -1).all()
+    assert prototypes.report.unlabelled["text"] == 30
+    assert (term.prototypes[~term.valid] == 0).all()
 
 
 def test_a_float16_bank_is_back_translated_in_float32():

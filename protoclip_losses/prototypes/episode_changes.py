@@ -1,0 +1,48 @@
+"""How the clusterings of an episode differ from those of the one before."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..clustering.assign import assign
+from .episode import Prototypes
+from .source import nearest_label
+
+
+def compare(now: Prototypes, before: Prototypes, teachers: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Drift and share of changed labels of these teachers' clusterings, where both have one; see :class:`EpisodeReport`."""
+    drift: dict[str, float] = {}
+    changed: dict[str, float] = {}
+    common = torch.isin(now.index, before.index.to(now.index.device))
+    position = before.positions(now.index[common].to(before.index.device), check_values=False)
+    for teacher in teachers:
+        clustering, old = now.clusterings[teacher], before.clusterings.get(teacher)
+        if old is None or old.centroids.shape[1] != clustering.centroids.shape[1]:
+            continue
+        labels = nearest_label(now.labels_by_teacher[teacher])
+        # The loss may have moved the old ones to its own device.
+        old_labels = nearest_label(before.labels_by_teacher[teacher]).to(before.index.device)
+        drift[teacher], successors = centroid_drift(clustering.centroids, labels, old.centroids, old_labels)
+        share = changed_share(successors, labels[common], old_labels[position].to(labels.device))
+        if share is not None:
+            changed[teacher] = share
+    return drift, changed
+
+
+def centroid_drift(centroids: Tensor, labels: Tensor, old_centroids: Tensor, old_labels: Tensor) -> tuple[float, Tensor]:
+    """Mean distance from the centroids in use (K, D) to the nearest old ones in use (K', D), and the ids of these (K,)."""
+    old_ids = _in_use(old_labels, len(old_centroids)).nonzero()[:, 0]
+    nearest, distances = assign(centroids, old_centroids[old_ids])
+    drift = float(distances[_in_use(labels, len(centroids))].sqrt().mean())
+    return drift, old_ids.to(nearest.device)[nearest]
+
+
+def changed_share(successors: Tensor, labels: Tensor, old_labels: Tensor) -> float | None:
+    """Share of samples whose centroid's nearest old one (K,) is not their old one; None without a sample labelled in both."""
+    both = (labels >= 0) & (old_labels >= 0)
+    return float((successors[labels[both]] != old_labels[both]).double().mean()) if bool(both.any()) else None
+
+
+def _in_use(labels: Tensor, num_clusters: int) -> Tensor:
+    return torch.bincount(labels + 1, minlength=num_clusters + 1)[1:] > 0
