@@ -16,7 +16,7 @@ from .episodes import (
     extract,
 )
 from .heads import ProjectionHead, ProjectionHeads
-from .losses import InfoNCE, ProtoLoss, PrototypeLoss
+from .losses import InfoNCE, ProtoLoss, PrototypeLoss, RelationalDistillation
 from .prototypes import (
     Clustering,
     EpisodeReport,
@@ -51,6 +51,7 @@ __all__ = [
     "PrototypeTerm",
     "Prototypes",
     "PrototypicalBackTranslation",
+    "RelationalDistillation",
     "StreamEpisode",
     "StreamEpisodes",
     "StreamPass",

@@ -116,3 +116,15 @@ def lloyd(features, centroids, niter, spherical=False):
         assert (counts > 0).all(), "where an empty cluster goes is not a matter of Lloyd's algorithm"
         centroids = unit(means, dim=1)
     return centroids, objectives
+
+
+def relational_distillation(h, t, s, temperature):
+    """1/n sum_i KL(softmax_{j != i}(t_i.t_j / tau) || softmax_{j != i}(s h_i.h_j)) over the rows that the teacher knows"""
+    known = t.double().norm(dim=1) > 0
+    h, t = h.double()[known], torch.nn.functional.normalize(t.double()[known], dim=1)
+    if len(h) < 2:
+        return s * h.sum() * 0
+    others = ~torch.eye(len(h), dtype=torch.bool)
+    log_p = (t @ t.T / temperature)[others].view(len(h), -1).log_softmax(1)
+    log_q = (s * h @ h.T)[others].view(len(h), -1).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()

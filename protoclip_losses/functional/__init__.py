@@ -3,6 +3,7 @@
 from .back_translation import back_translate
 from .info_nce import info_nce
 from .prototype_cross_entropy import prototype_cross_entropy
+from .relational_distillation import relational_distillation
 from .soft_targets import soft_targets
 
-__all__ = ["back_translate", "info_nce", "prototype_cross_entropy", "soft_targets"]
+__all__ = ["back_translate", "info_nce", "prototype_cross_entropy", "relational_distillation", "soft_targets"]

@@ -3,5 +3,6 @@
 from .info_nce import InfoNCE
 from .proto_loss import ProtoLoss
 from .prototype_loss import PrototypeLoss
+from .relational_distillation import RelationalDistillation
 
-__all__ = ["InfoNCE", "ProtoLoss", "PrototypeLoss"]
+__all__ = ["InfoNCE", "ProtoLoss", "PrototypeLoss", "RelationalDistillation"]
