@@ -105,4 +105,4 @@ def _share_over_ranks(
 ) -> Tensor:
     gathered, teachers, knowns = ranks.gather_with_gradient(features), ranks.gather(teacher), ranks.gather(known)
     total = relation_kl_sum(gathered, teachers, scale, knowns, ranks.own, temperature, chunk_size)
-    return total * (ranks.world_size / knowns.sum().clamp(min=1))
+    return total * ranks.world_size / knowns.sum().clamp(min=1)
