@@ -52,12 +52,6 @@ def integers(name: str, x: Tensor, *, length: int | None = None, of: str = "", a
         raise ValueError(f"{name} must have {length} entries{of}, got {x.shape[0]}")
 
 
-def labels(name: str, x: Tensor, *, rows: int | None = None, of: str = "") -> Tensor:
-    """Check that ``x`` is int64 (N,) or (N, L), a label or several for each row; return it."""
-    integers(name, x[:, 0] if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] else x, length=rows, of=of)
-    return x
-
-
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Check that two tensors live on the same device."""
     if x.device != other.device:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import broadcast, rank, validate_on_all_ranks
+from .origin import robust_origin, spaced
 from .points import EngineResult, KMeansConfig, ShardedPoints
 
 
@@ -55,7 +56,9 @@ def _train(points: Tensor, num_clusters: int, config: KMeansConfig) -> Tensor:
         gpu = 1  # the number of GPUs; which one is set by the current device below
     x = points.float()
     # Far from the origin faiss's expanded squares have no digits left for a distance; directions have no other origin.
-    origin = torch.zeros(x.shape[1], device=x.device) if config.spherical else x.mean(0)
+    origin = torch.zeros(x.shape[1], device=x.device)
+    if not config.spherical:
+        origin = robust_origin(x.mean(0), x[spaced(len(x), x.device)])
     array = np.ascontiguousarray((x - origin).cpu().numpy())
     engine = faiss.Kmeans(
         array.shape[1],

@@ -82,10 +82,18 @@ class ShardedPoints:
         order = positions.argsort()
         order = order[keys[order].argsort(stable=True)][:count]
         chosen = positions[order[keys[order].isfinite()]].sort().values
-        held = torch.isin(self.position[own], chosen)
-        points = self.points.new_zeros((len(chosen), self.points.shape[1]), dtype=torch.float32)
-        points[torch.searchsorted(chosen, self.position[own[held]])] = self.points[own[held]].float()
-        return self.sum(points), chosen
+        return self._at(chosen, own), chosen
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The points (m, D) float32 at these positions (m,), sorted and each once."""
+        return self._at(positions, torch.arange(len(self.points), device=self.points.device))
+
+    def _at(self, positions: Tensor, own: Tensor) -> Tensor:
+        """:meth:`at`, of positions that this rank holds among the rows ``own`` if at all."""
+        held = own[torch.isin(self.position[own], positions)]
+        points = self.points.new_zeros((len(positions), self.points.shape[1]), dtype=torch.float32)
+        points[torch.searchsorted(positions, self.position[held])] = self.points[held].float()
+        return self.sum(points)
 
 
 def segment_sums_and_counts(labels: Tensor, points: Tensor, num_segments: int, origin: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._dtypes import sum_dtype
 from .assign import BLOCK_ROWS, Scores
+from .origin import DRAWN, robust_origin, spaced
 from .points import EngineResult, KMeansConfig, ShardedPoints, segment_sums_and_counts
 
 SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
@@ -59,7 +60,9 @@ class _Lloyd:
         # Far from the origin a score has no digits left for a distance; directions have no other origin.
         self.origin = torch.zeros(own.shape[1], device=device)
         if not spherical:
-            self.origin = (self._sums_and_counts(self.labels, 1)[0, :-1] / points.total).float()
+            mean = (self._sums_and_counts(self.labels, 1)[0, :-1] / points.total).float()
+            drawn = spaced(points.total, device, min(DRAWN, num_clusters + 1))  # no more is sent than centroids are
+            self.origin = robust_origin(mean, points.at(drawn))
         self.squared_norms = torch.zeros(len(own), device=device)
         for part in torch.split(torch.arange(len(own), device=device), BLOCK_ROWS):
             self.squared_norms[part] = self._block(part).square().sum(1)
@@ -86,9 +89,10 @@ class _Lloyd:
             changed = torch.cat([self.labels[differ], labels[differ]])
 
     def _certain_labels(self) -> Tensor:
-        """Labels whose score is above the bound by more than rounding, and -1."""
+        """Labels whose score is above the bound by more than rounding, that of the returned centroids included, and -1."""
         largest = self.squared_norms + self.centroids.square().sum(1).amax()
-        return self.labels.where(self.score - self.bound > 1e-5 * largest, -1)
+        rounding = ((self.centroids + self.origin) - self.origin - self.centroids).norm(dim=1).amax()
+        return self.labels.where(self.score - self.bound > 1e-5 * largest + 4 * rounding * largest.sqrt(), -1)
 
     def _block(self, part: Tensor) -> Tensor:
         return self.points.points[part].float() - self.origin

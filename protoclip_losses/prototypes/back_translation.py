@@ -9,6 +9,7 @@ from .. import _checks as check
 from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, sum_over_ranks
 from ..functional.back_translation import back_translate, segment_mean, segment_sum
+from .source import several_labels
 
 
 class PrototypicalBackTranslation(nn.Module):
@@ -98,7 +99,7 @@ def back_translate_over_ranks(
 
     Rows that are not finite are left out, as are labels of -1; a row with several labels counts for each of them.
     """
-    columns = labels.reshape(len(labels), -1).where(finite_rows(features)[:, None], -1).unbind(1)
+    columns = several_labels(labels).where(finite_rows(features)[:, None], -1).unbind(1)
     sums = torch.stack([segment_sums_and_counts(column, features, num_prototypes) for column in columns]).sum(0)
     sums = sum_over_ranks(sums, group)
     prototypes, counts = segment_means_and_counts(sums)

@@ -17,7 +17,7 @@ from .episode import Prototypes
 from .episode_changes import compare
 from .episode_rows import clustering_of, first_occurrences, labels_of, modalities, with_teachers
 from .report import EpisodeReport, agreements
-from .source import Clustering, PrototypeTerm, nearest_label
+from .source import Clustering, PrototypeTerm, nearest_label, several_labels
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
@@ -88,17 +88,17 @@ class EpisodicClusterer:
         self.num_prototypes, self.niter, self.tol, self.nredo, self.backend = num_prototypes, niter, tol, nredo, backend
         self.spherical, self.seed, self.device, self.warm_start = spherical, seed, device, warm_start
         self.max_dropped, self.process_group = max_dropped, process_group
+        self.previous: Prototypes | None = None
+        self._kmeans()  # raises for a bad setting
         self.labels_per_sample = check.positive_int("labels_per_sample", labels_per_sample)
         if labels_per_sample > num_prototypes:
             raise ValueError(f"labels_per_sample must be at most num_prototypes={num_prototypes}, got {labels_per_sample}")
-        self.previous: Prototypes | None = None
-        self._kmeans()  # raises for a bad setting
 
     def _kmeans(self) -> KMeans:
         return _FeatureKMeans(self.num_prototypes, **{name: getattr(self, name) for name in SETTINGS})
 
     def __repr__(self) -> str:
-        names = (*SETTINGS, "labels_per_sample", "warm_start")
+        names = (*SETTINGS, "warm_start", *(["labels_per_sample"] if self.labels_per_sample > 1 else []))
         return f"EpisodicClusterer({self.num_prototypes}, {', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
@@ -213,7 +213,7 @@ class EpisodicClusterer:
         drift, changed = ({}, {}) if self.previous is None else compare(prototypes, self.previous, reports)
         agreement = agreements({name: nearest_label(x) for name, x in prototypes.labels_by_teacher.items()})
         seconds["compare"] = time.perf_counter() - start
-        unlabelled = {name: int((x.reshape(len(x), -1) < 0).all(1).sum()) for name, x in prototypes.labels_by_teacher.items()}
+        unlabelled = {name: int((several_labels(x) < 0).all(1).sum()) for name, x in prototypes.labels_by_teacher.items()}
         prototypes.report = EpisodeReport(reports, agreement, drift, changed, seconds, unlabelled)
         self.previous = prototypes
         return prototypes

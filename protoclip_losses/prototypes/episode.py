@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .report import EpisodeReport
-from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
+from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm, check_labels, checksum
 
 
 class Prototypes(PrototypeSource, kind="episode"):
@@ -50,7 +50,7 @@ class Prototypes(PrototypeSource, kind="episode"):
             own = term.labels
             if own is None:
                 raise ValueError(f"labels of ({student}, {teacher}) must be given for an episode, got None")
-            check.labels(f"labels of ({student}, {teacher})", own, rows=len(index), of=" as index")
+            check_labels(f"labels of ({student}, {teacher})", own, rows=len(index), of=" as index")
             if own is not labels.setdefault(teacher, own) and not torch.equal(own, labels[teacher]):
                 raise ValueError(
                     f"labels of teacher {teacher!r} must be the same for all its students, those of {student!r} differ"

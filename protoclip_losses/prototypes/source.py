@@ -32,7 +32,7 @@ class Clustering:
     def __post_init__(self) -> None:
         check.matrix("centroids", self.centroids)
         if self.labels is not None:
-            labels = check.labels("labels", self.labels)
+            labels = check_labels("labels", self.labels)
             num = self.centroids.shape[0]
             check.label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
 
@@ -45,9 +45,20 @@ class Clustering:
         return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
 
 
+def check_labels(name: str, x: Tensor, *, rows: int | None = None, of: str = "") -> Tensor:
+    """Check that ``x`` is int64 (N,) or (N, L), a label or several for each row; return it."""
+    check.integers(name, x[:, 0] if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] else x, length=rows, of=of)
+    return x
+
+
 def nearest_label(labels: Tensor) -> Tensor:
     """(N,), the first of several labels (N, L) of each sample."""
     return labels if labels.dim() == 1 else labels[:, 0]
+
+
+def several_labels(labels: Tensor) -> Tensor:
+    """(N, L), also where each sample has one label (N,)."""
+    return labels[:, None] if labels.dim() == 1 else labels
 
 
 def checksum(*tensors: Tensor) -> int:

@@ -115,3 +115,74 @@ def test_bad_rows_to_predict_are_named(x, num_labels, error, message):
     result = KMeans(3).fit(torch.randn(30, 2, generator=seeded(0)))
     with pytest.raises(error, match=message):
         result.predict(x, num_labels)
+
+
+# --- data of any scale ---------------------------------------------------------------------------------------------------------
+
+
+def with_far_rows(far, count):
+    """2,000 rows on the sphere, and a few far away."""
+    rows = unit(2000, 16, 0, torch.float32)
+    outliers = unit(count, 16, 1, torch.float32)
+    outliers[:, 0] += far
+    return torch.cat([rows, outliers])
+
+
+def all_distances(x, centroids):
+    return torch.cdist(x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def assert_nearest(x, centroids, labels):
+    """Each label's distance is the smallest of all; equals have the lowest id."""
+    assert torch.equal(labels, all_distances(x, centroids).sort(dim=1, stable=True).indices[:, 0])
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("far", [1e3, 1e4, 65504.0, 1e6, 1e12])
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_labels_are_the_nearest_centroids_whatever_lies_far_away(backend, far, count):
+    """0.6 took distances from a mean that one row of 65504 dragged away: 97% of the labels were wrong."""
+    x = with_far_rows(far, count)
+    result = KMeans(51, backend=backend).fit(x)
+    assert_nearest(x, result.centroids, result.labels)
+    assert_nearest(x, result.centroids, result.predict(x))
+    several = all_distances(x, result.centroids).sort(dim=1, stable=True).indices[:, :3]
+    assert torch.equal(result.predict(x, 3), several)
+    if count == 1:  # it has a cluster of its own, and the others are clustered as if it were not there
+        alone = KMeans(50, backend=backend).fit(x[:-1]).objective
+        assert result.objective == pytest.approx(alone, rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [1e-38, 1e-20, 1e15])
+def test_labels_are_the_nearest_centroids_at_any_scale(factor):
+    x = unit(500, 8, 0, torch.float32) * factor
+    result = KMeans(20).fit(x)
+    assert_nearest(x, result.centroids, result.labels)
+    assert_nearest(x, result.centroids, result.predict(x))
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_labels_are_the_nearest_centroids_far_from_the_origin(offset):
+    x = unit(500, 8, 0, torch.float32) + offset
+    result = KMeans(20).fit(x)
+    assert_nearest(x, result.centroids, result.labels)
+
+
+def test_many_centroids_within_rounding_of_each_other():
+    """Two clumps far apart, each with more centroids than are candidates at first."""
+    x = unit(400, 4, 0, torch.float32)
+    x[200:, 1] += 1e5
+    x[:200, 1] -= 1e5
+    centroids = x[::7].contiguous()
+    result = KMeans(len(centroids)).fit(x, init=centroids)
+    assert_nearest(x, result.centroids, result.labels)
+    got = result.predict(x, 5)
+    assert torch.equal(got, all_distances(x, result.centroids).sort(dim=1, stable=True).indices[:, :5])
+
+
+def test_equal_centroids_are_a_tie_for_the_lowest_id():
+    centroids = torch.ones(40, 3)
+    result = KMeans(40).fit(torch.arange(120.0).reshape(40, 3), init=centroids)
+    same = type(result)(centroids, result.labels, result.counts, result.objective, result.report)
+    assert same.predict(unit(9, 3, 0, torch.float32)).tolist() == [0] * 9
+    assert same.predict(unit(9, 3, 0, torch.float32), 3).tolist() == [[0, 1, 2]] * 9

@@ -224,3 +224,16 @@ def one_rank_encodes_for_all(rank, world_size, folder):
     raises_everywhere(
         lambda: TeacherAdapter.from_encoder(encode, CAPTIONS, folder / "t.npy", dim=99, progress=False), 0, ValueError, "dim must"
     )
+
+
+@rank_case
+def a_far_row_on_one_rank_leaves_all_labels_nearest(rank, world_size, folder):
+    x = unit(300, 8, 5, torch.float32)
+    x[7, 0] = 65504.0
+    own = x.tensor_split([120, 121, 250][: world_size - 1])[rank]
+    for backend in ("torch", "faiss"):
+        result = KMeans(21, backend=backend).fit(own)
+        distances = torch.cdist(own.double(), result.centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        assert torch.equal(result.labels, distances.argmin(1))
+        if backend == "torch":
+            assert torch.allclose(result.centroids, KMeans(21, **LOCAL).fit(x).centroids, rtol=1e-5, atol=1e-5)
