@@ -6,9 +6,11 @@ from rank_cases import pytest_pycollect_makemodule  # noqa: F401
 from protoclip_losses.kernels import blocks
 
 
-@pytest.fixture(scope="module", params=["streamed", "dense"])
+@pytest.fixture(scope="module", params=["streamed", "accelerator", "dense"])
 def form(request):
-    """Logits of any size in blocks, then by the dense expression: tests are small, and would see only that."""
+    """Logits of any size in blocks, as on a CPU and as on an accelerator, where no branch depends on values; then densely."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "DENSE_LOGITS", {"streamed": 0, "dense": 2**62}[request.param])
+        patch.setattr(blocks, "DENSE_LOGITS", 2**62 if request.param == "dense" else 0)
+        if request.param == "accelerator":
+            patch.setattr(blocks, "may_read_values", lambda x: False)
         yield request.param

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, sum_dtype
+
+BLOCK_ROWS = 2**16  # rows that are copied to the dtype of sums at a time
 
 
 def back_translate(
@@ -44,7 +46,7 @@ def back_translate(
         ProtoCLIP section III-C, https://arxiv.org/abs/2206.10996.
     """
     sums, counts = segment_sum(labels, features, num_prototypes, check_values=check_values)
-    return segment_mean(sums, counts), counts
+    return segment_mean(sums, counts).to(accumulation_dtype(features.dtype)), counts
 
 
 def segment_mean(sums: Tensor, counts: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def segment_mean(sums: Tensor, counts: Tensor) -> Tensor:
 def segment_sum(
     labels: Tensor, features: Tensor, num_prototypes: int, *, check_values: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum (K, D) of the features of each label, and their number (K,); label -1 is left out."""
+    """Sum (K, D) of the features of each label, in the device's sum dtype, and their number (K,); label -1 is left out."""
     check.positive_int("num_prototypes", num_prototypes)
     check.matrix("features", features)
     check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
@@ -67,10 +69,12 @@ def segment_sum(
         check.finite("features", features[~ignored] if bool(ignored.any()) else features)
     else:
         torch._assert_async(((labels >= -1) & (labels < num_prototypes)).all())
-    # Samples sorted by label are bags of rows, and a bag is summed in order. Bag 0 holds the samples that are left out.
-    order = labels.argsort(stable=True)
-    sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)
-    starts = sizes.cumsum(0) - sizes
-    x = features.detach().to(accumulation_dtype(features.dtype))
-    sums = torch.nn.functional.embedding_bag(order, x, starts, mode="sum")
-    return sums[1:], sizes[1:]
+    sums = torch.zeros((num_prototypes, features.shape[1]), dtype=sum_dtype(features.device), device=features.device)
+    counts = torch.zeros(num_prototypes, dtype=torch.int64, device=features.device)
+    for start in range(0, max(1, len(labels)), BLOCK_ROWS):
+        own, x = labels[start : start + BLOCK_ROWS], features.detach()[start : start + BLOCK_ROWS].to(sums.dtype)
+        # Samples sorted by label are bags of rows, and a bag is summed in order. Bag 0 holds the samples that are left out.
+        sizes = torch.bincount(own + 1, minlength=num_prototypes + 1)
+        bags = torch.nn.functional.embedding_bag(own.argsort(stable=True), x, sizes.cumsum(0) - sizes, mode="sum")
+        sums, counts = sums + bags[1:], counts + sizes[1:]
+    return sums, counts

@@ -20,6 +20,11 @@ def rows_per_block(columns: int, dtype: torch.dtype, chunk_size: int | None) -> 
     return max(1, min(1024, BLOCK_BYTES // (item * max(1, columns))))
 
 
+def may_read_values(x: Tensor) -> bool:
+    """Whether a branch may depend on values: on an accelerator reading them would wait for it, and in a graph there are none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of ``x`` run: autocast's where it is on (it leaves float64 alone), else its own."""
     kind = x.device.type
@@ -64,14 +69,14 @@ def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, s
     own = torch.arange(len(logits), device=logits.device), labels
     probability = logits[own].to(scale.dtype)
     residual, nll = probability - 1, -probability.log()
-    on_cpu = logits.device.type == "cpu"  # on an accelerator, reading whether any row is special would wait for the device
-    if logits.dtype != scale.dtype and not (on_cpu and float(probability.max()) < 0.5):
+    may_read = may_read_values(logits)
+    if logits.dtype != scale.dtype and not (may_read and float(probability.max()) < 0.5):
         logits[own] = 0
         others = -torch.mv(logits, torch.ones_like(logits[0])).to(scale.dtype)
         is_large = probability > 0.5
         residual, nll = others.where(is_large, residual), (-torch.log1p(others)).where(is_large, nll)
     smallest = 16 * torch.finfo(logits.dtype).tiny
-    if on_cpu and float(probability.min()) > smallest:
+    if may_read and float(probability.min()) > smallest:
         return residual, nll
     largest, winners = logits.max(1)
     exact = queries.to(scale.dtype)
@@ -81,7 +86,7 @@ def softmax_nll(logits: Tensor, labels: Tensor, queries: Tensor, keys: Tensor, s
 
 def label_is_first(logits: Tensor, labels: Tensor) -> Tensor:
     """Which rows of (b, K) logits have their largest entry at the label, (b,) bool. A tie counts for the lowest column alone."""
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+    if not may_read_values(logits):
         return logits.argmax(1) == labels
     # A maximum without its position is ten times faster here; positions are needed only where the label is tied.
     own = torch.arange(len(logits), device=logits.device), labels

@@ -60,10 +60,10 @@ def pair_nll(
         pair = ranks.gather(pass_over.pair)
         rows, column_nll = pass_over.pair + row_nll, F.softplus(others - pair, threshold=40)  # beyond it float64 sees no more
         columns = pair + column_nll
-        rescaled = image.device.type == "cpu" and bool(columns.min() > ranks.maximum(rows.max()) - REACH)
+        rescaled = blocks.may_read_values(image) and bool(columns.min() > ranks.maximum(rows.max()) - REACH)
         if not rescaled:
-            columns = pass_over.exact_columns()
-            column_nll = columns - pair
+            column_nll = F.softplus(pass_over.exact_others() - pair, threshold=40)
+            columns = pair + column_nll
         total = (row_nll.sum() + column_nll[own].sum()) / 2
         if not with_gradient:
             empty = scale.new_zeros((0, image.shape[1]))
@@ -101,22 +101,25 @@ class _Pass:
             self.pair[rows] = self.diagonal(p, rows)
             if self.with_accuracy:
                 self.correct += label_is_first(p, self.labels[rows]).sum()
-            row_nll[rows] = softmax_nll(p, self.labels[rows], z, self.texts, self.scale)[1]
-            diagonal = self.diagonal(p, rows)
-            diagonal.zero_()
+            nll = softmax_nll(p, self.labels[rows], z, self.texts, self.scale)[1]
+            self.diagonal(p, rows).zero_()
+            # A probability near 1 has no digits left for its logarithm; the others' sum has.
+            row_nll[rows] = torch.where(nll < 0.5, -torch.log1p(-p.sum(1).clamp(max=0.5)), nll)
             normaliser = self.pair[rows] + row_nll[rows]
             top = normaliser.max()
             others = torch.logaddexp(others, ((normaliser - top).exp_() @ p).log_() + top)
         return row_nll, self.ranks.logsumexp(others)
 
-    def exact_columns(self) -> Tensor:
-        """The column normalisers by their own exponentials, with a running maximum."""
+    def exact_others(self) -> Tensor:
+        """log of each column's mass without its own pair, by its own exponentials with a running maximum."""
         top = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         mass = torch.zeros_like(top)
         for rows in self.slices():
             logits = self.blocks(self.image[rows])
+            self.diagonal(logits, rows).fill_(-torch.inf)
             higher = torch.maximum(top, logits.amax(0))
-            mass = mass * (top - higher).exp() + logits.sub_(higher).exp_().sum(0)
+            base = higher.clamp(min=torch.finfo(higher.dtype).min)  # -inf less -inf would be NaN
+            mass = mass * (top - base).exp() + logits.sub_(base).exp_().sum(0)
             top = higher
         return self.ranks.logsumexp(top + mass.log())
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._dtypes import accumulation_dtype
 from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, sum_over_ranks
 from ..functional.back_translation import back_translate, segment_mean, segment_sum
@@ -69,8 +70,8 @@ class PrototypicalBackTranslation(nn.Module):
         check.matrix("features", features, width=None if self._sums is None else self._sums.shape[1], of=" as before")
         sums, counts = segment_sum(labels, features, self.num_prototypes)
         if self._sums is None:
-            self._dtype = sums.dtype
-            self._sums, self._counts = sums.double(), counts
+            self._dtype = accumulation_dtype(features.dtype)
+            self._sums, self._counts = sums, counts
         else:
             self._sums, self._counts = self._sums + sums, self._counts + counts
         self.counts = self._counts

@@ -254,3 +254,17 @@ def test_another_width_than_before_is_an_error():
 def test_a_bad_number_of_prototypes_is_named(value, error):
     with pytest.raises(error, match="num_prototypes must be"):
         PrototypicalBackTranslation(value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_mean_of_four_million_equal_rows_is_that_row(stream):
+    """Summed one after the other in float32 they gave 0.0961."""
+    labels, features = torch.zeros(4_000_000, dtype=torch.int64), torch.full((4_000_000, 1), 0.1)
+    if stream:
+        pbt = PrototypicalBackTranslation(1)
+        pbt.update(labels, features)
+        prototypes = pbt.compute()
+    else:
+        prototypes, _ = back_translate(labels, features, 1)
+    assert prototypes.dtype == torch.float32
+    assert float(prototypes) == pytest.approx(0.1, rel=1e-6)
