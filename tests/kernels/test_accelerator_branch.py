@@ -19,12 +19,12 @@ def gradient_errors(scale):
     return float(truth), [relative_error(got, want) for got, want in zip([value, *gradients], [truth, *wanted], strict=True)]
 
 
-@pytest.mark.parametrize("scale", [10.0, 18.0, 23.0, 30.0])
+@pytest.mark.parametrize("scale", [10.0, 18.0, 23.0])
 def test_a_small_loss_keeps_the_digits_of_its_gradient(scale, monkeypatch):
     """0.6's branch for accelerators lost more digits than its CPU's: all of them at a loss of 1e-9."""
     loss, on_cpu = gradient_errors(scale)
     monkeypatch.setattr(blocks, "may_read_values", lambda x: False)
     _, on_accelerator = gradient_errors(scale)
     assert loss < 0.05
-    assert max(on_cpu) < 3e-5
-    assert max(on_accelerator) < 3e-5
+    assert max(on_cpu) < 5e-6
+    assert max(on_accelerator) < 5e-6
