@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dtypes import FLOATS, INTEGERS, accumulation_dtype
+from ._dtypes import FLOATS, INTEGERS, accumulation_dtype, may_read_values
 
 
 def shape(x: Tensor) -> str:
@@ -20,10 +20,8 @@ def shape(x: Tensor) -> str:
 
 
 def values_are_checked(like: Tensor, check_values: bool | None) -> bool:
-    """Whether this call reads tensor *values* to check them: by default on CPU in eager mode, where that is free of syncs."""
-    if check_values is not None:
-        return check_values
-    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether this call reads tensor *values* to check them: by default where it is free."""
+    return may_read_values(like) if check_values is None else check_values
 
 
 def matrix(name: str, x: Tensor, *, rows: int | None = None, width: int | None = None, of: str = "") -> None:

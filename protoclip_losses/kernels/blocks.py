@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._dtypes import may_read_values as may_read_values  # as a name of this module, which tests replace
+
 # Bytes of one block of logits. A block that is too small pays for reading the prototypes again, one that is too large falls
 # out of the cache between the product and the softmax; 64 MB is what the library promises to stay within.
 BLOCK_BYTES = 40 * 2**20
@@ -18,11 +20,6 @@ def rows_per_block(columns: int, dtype: torch.dtype, chunk_size: int | None) -> 
         return chunk_size
     item = {torch.float64: 8, torch.float16: 6}.get(dtype, 4)  # float16: logits in float32, and their product in float16
     return max(1, min(1024, BLOCK_BYTES // (item * max(1, columns))))
-
-
-def may_read_values(x: Tensor) -> bool:
-    """Whether a branch may depend on values: on an accelerator reading them would wait for it, and in a graph there are none."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
