@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import accumulation_dtype, sum_dtype
+from ._labels import label_range
 
 BLOCK_ROWS = 2**16  # rows that are copied to the dtype of sums at a time
 
@@ -65,7 +66,7 @@ def segment_sum(
     check.same_device("labels", labels, "features", features)
     if check.values_are_checked(features, check_values):
         ignored = labels == -1
-        check.label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
+        label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
         check.finite("features", features[~ignored] if bool(ignored.any()) else features)
     else:
         torch._assert_async(((labels >= -1) & (labels < num_prototypes)).all())

@@ -13,6 +13,7 @@ class LossModule(nn.Module):
     """A loss that can be copied with its process group, and that loads from a checkpoint made before the model had it."""
 
     process_group: Group | bool | None
+    was_called = False  # some mistakes are looked for in the first call alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LossModule":
         """A copy that communicates with the same processes: a group itself cannot be copied."""

@@ -12,6 +12,7 @@ from ..functional.info_nce import check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
+from .misuse import warn_of_lengths, warn_of_one_projection
 from .prototype_holder import PrototypeHolder
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
@@ -150,6 +151,11 @@ class ProtoLoss(PrototypeHolder):
                 **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
             },
         )
+        if not self.was_called:
+            self.was_called = True
+            projected = {"image_features_projected": image_features_projected, "text_features_projected": text_features_projected}
+            warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
+            warn_of_one_projection(image_features_projected, text_features_projected)
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
         self.metrics = {}
