@@ -151,7 +151,7 @@ def test_features_of_training_reused_stopped_and_killed_it_ends_with_the_same_we
 ) -> None:
     """Episodes of a part of the pairs: prototypes are of the episode before, labels of this one's samples."""
     arguments = ["--train-data", table, *TINY, *REUSE, "--labels-per-sample", "2", "--weight-distill", "0.5"]
-    arguments += ["--batch-size", "8", "--episode-size", "40", "--episodes", "5", "--lit-episodes", "0", "--save-every", "2"]
+    arguments += ["--batch-size", "8", "--episode-size", "120", "--episodes", "5", "--lit-episodes", "0", "--save-every", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     written = run(*arguments, "--run-dir", str(whole), launcher=launcher)
     assert "extraction" not in written
