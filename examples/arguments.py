@@ -37,26 +37,14 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     method.add_argument("--weight-proto", type=float, default=1.0, help="weight of the image and text prototype terms")
     method.add_argument("--weight-external", type=float, default=1.0, help="weight of the external teacher's terms")
     method.add_argument("--weight-distill", type=float, default=0.0, help="weight of relational distillation of the teachers")
-    method.add_argument(
-        "--teacher",
-        nargs="+",
-        default=["words"],
-        help="of these, one or several: words (TF-IDF of the captions), minilm, .npy files with a row per training pair; or none",
-    )
+    teachers = "words (of the captions), minilm, .npy files with a row per training pair; one or several, or none"
+    method.add_argument("--teacher", nargs="+", default=["words"], help=teachers)
     method.add_argument("--teacher-width", type=int, default=64, help="width of the teachers' features, by SVD or PCA")
-    method.add_argument(
-        "--teacher-clusters",
-        choices=("whole", "episode"),
-        default="whole",
-        help="cluster teachers once, over all training pairs, or in each episode",
-    )
+    clustered = "cluster teachers once, over all training pairs, or in each episode"
+    method.add_argument("--teacher-clusters", choices=("whole", "episode"), default="whole", help=clustered)
     method.add_argument("--labels-per-sample", type=int, default=1, help="the nearest clusters of a pair, as a mixture")
-    method.add_argument(
-        "--features",
-        choices=("extracted", "training"),
-        default="extracted",
-        help="prototypes from a pass over the episode, or from what the last episode's training computed (--weight-proto 0)",
-    )
+    made_of = "prototypes of a pass over the episode, or of what the last episode's training computed (--weight-proto 0)"
+    method.add_argument("--features", choices=("extracted", "training"), default="extracted", help=made_of)
     model = p.add_argument_group("model and optimisation")
     model.add_argument("--model", default="small", help="small, or the name of an open_clip model")
     model.add_argument("--head-width", type=int, default=512, help="hidden width of the projection heads (paper: 2048)")
