@@ -1,13 +1,19 @@
 """Projection heads for the dual encoders of transformers."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._checks import require
 from ...heads import ProjectionHeads
 
+require("transformers", "transformers")
+from safetensors import safe_open  # noqa: E402
+
+PREFIX = "proto."
 WANTED = ("get_image_features", "get_text_features", "logit_scale")
 
 
@@ -93,6 +99,35 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
     model.proto = ProjectionHeads(width, dim, hidden_dim, norm).to(weight.device)
     model.__class__ = type(type(model).__name__, (_Projected, type(model)), {})
     return model
+
+
+def load_heads(model: Any, folder: str | Path) -> Any:
+    """Give a dual encoder the heads that were saved with it, by ``Trainer`` or ``save_pretrained``, in a folder of this machine.
+
+    ``CLIPModel.from_pretrained(folder)`` reads the model and leaves the heads out.
+
+    Raises:
+        ValueError: a folder without heads.
+        TypeError: as :func:`add_heads`.
+    """
+    saved = saved_heads(folder)
+    if not saved:
+        raise ValueError(f"{folder} must hold a model that was saved with heads, got none under {PREFIX!r}")
+    hidden_dim, in_dim = saved["text.0.weight"].shape
+    dim = [x for name, x in saved.items() if name.startswith("text.") and x.dim() == 2][-1].shape[0]
+    add_heads(model, dim, hidden_dim, "batch" if "text.1.running_mean" in saved else "layer", in_dim)
+    model.proto.load_state_dict(saved)
+    return model
+
+
+def saved_heads(folder: str | Path) -> dict[str, Tensor] | None:
+    """The entries of the heads among the weights in a folder; None if the weights are in another form."""
+    files, found = sorted(Path(folder).glob("*.safetensors")), {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if PREFIX in name]  # noqa: SIM118
+            found.update({name.rpartition(PREFIX)[2]: weights.get_tensor(name) for name in names})
+    return dict(sorted(found.items())) if files else None
 
 
 def check_model(model: Any) -> None:

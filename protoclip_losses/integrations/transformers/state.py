@@ -8,6 +8,7 @@ import torch
 
 from ...distributed import active_group, gather_sizes, validate_on_all_ranks
 from ...losses import ProtoLoss
+from .model import saved_heads
 
 
 def state_file(loss: ProtoLoss, folder: str | Path, args: Any) -> Path:
@@ -22,6 +23,15 @@ def save_state(loss: ProtoLoss, folder: str | Path, args: Any) -> None:
         file = state_file(loss, folder, args)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(loss.state_dict(), file)
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise ValueError for a checkpoint of a plain Trainer, whose optimizer knows of no heads."""
+    if (Path(folder) / "optimizer.pt").exists() and saved_heads(folder) == {}:
+        raise ValueError(
+            f"{folder} must be a checkpoint of ProtoCLIPTrainer, got one without heads, whose optimizer state does not fit: "
+            f"begin with its model, from_pretrained({str(folder)!r}), and do not resume"
+        )
 
 
 def load_state(loss: ProtoLoss, folder: str | Path, args: Any) -> bool:

@@ -17,7 +17,7 @@ from ...teachers import TeacherAdapter
 from ..teachers import check_rows
 from .data import CollateNumbered, NumberedData
 from .model import add_heads, check_heads
-from .state import load_state, save_state
+from .state import check_checkpoint, load_state, save_state
 
 require("transformers", "transformers")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -172,7 +172,12 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load = super()._load_from_checkpoint
-        validate_on_all_ranks(lambda: load(resume_from_checkpoint, model), active_group(None))
+
+        def load_model() -> None:
+            check_checkpoint(resume_from_checkpoint)
+            load(resume_from_checkpoint, model)
+
+        validate_on_all_ranks(load_model, active_group(None))
         self.is_restored = load_state(self.loss, resume_from_checkpoint, self.args)
         if isinstance(self.loss.prototypes, Prototypes):
             self.clusterer.previous = self.loss.prototypes
