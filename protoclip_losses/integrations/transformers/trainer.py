@@ -137,8 +137,14 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
     def _own_batches(self, number: int) -> DataLoader[Any]:
         own = EpisodeOrder(self.order.episodes, self.args.process_index, self.args.world_size)
         own.set_epoch(number)
-        collate, workers = self._get_collator_with_removed_columns(self.data_collator), self.args.dataloader_num_workers
-        return DataLoader(self.train_dataset, self._train_batch_size, sampler=own, collate_fn=collate, num_workers=workers)
+        return DataLoader(
+            self.train_dataset,
+            self._train_batch_size,
+            sampler=own,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
 
     def _project(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         batch = dict(self._prepare_inputs(dict(batch)))
