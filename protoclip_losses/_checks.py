@@ -21,9 +21,7 @@ def shape(x: Tensor) -> str:
 
 def values_are_checked(like: Tensor, check_values: bool | None) -> bool:
     """Whether this call reads tensor *values* to check them: by default on CPU in eager mode, where that is free of syncs."""
-    if check_values is not None:
-        return check_values
-    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (like.device.type == "cpu" and not torch.compiler.is_compiling()) if check_values is None else check_values
 
 
 def matrix(name: str, x: Tensor, *, rows: int | None = None, width: int | None = None, of: str = "") -> None:
@@ -229,12 +227,17 @@ def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) 
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warn that ``old`` is deprecated, and name its replacement, at the line that called this package, through torch or not."""
-    if not torch.compiler.is_compiling():  # a warning would break the graph
+    """Warn that ``old`` is deprecated, and name its replacement."""
+    warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called this package, through torch or not."""
+    if not torch.compiler.is_compiling():  # it would break the graph
         depth = 1
         while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
             depth += 1
-        warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=depth + 1)
+        warnings.warn(message, category, stacklevel=depth + 1)
 
 
 def require(module: str, extra: str) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from ..functional.soft_targets import soft_target_rows
+from ..kernels.autograd import constants
 
 
 class SoftTargetCache:
@@ -32,14 +33,23 @@ class SoftTargetCache:
         self.num_missing = student.shape[0]
         self.is_filled_at_once = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy matches no tensors: references to them cannot be pickled."""
+        return {**self.__dict__, "_made_from": []}
+
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         """The rows (B, D) of these labels (B,)."""
         if self.num_missing:
+            self._compute(student, teacher, labels, valid)
+        return self.values.index_select(0, labels)
+
+    def _compute(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> None:
+        """Compute the rows of these labels that are missing."""
+        with constants():
             wanted = torch.unique(labels[self.missing[labels]])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
-        return self.values.index_select(0, labels)
 
     def fill(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
         """Compute all rows now, so that no step has to."""

@@ -180,7 +180,7 @@ def test_the_labels_of_a_batch_are_sought_once(monkeypatch):
     loss, asked = ProtoLoss(), []
     loss.set_prototypes(online())
     in_training(loss, WARMUP)
-    monkeypatch.setattr("protoclip_losses.prototypes.online.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
+    monkeypatch.setattr("protoclip_losses.prototypes.nearest.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
     in_training(loss, 1)
     assert [rows for rows in asked if rows] == [BATCH] * 3  # of image, text and teacher; no row of the queue has its turn yet
 
@@ -191,7 +191,9 @@ def test_a_batch_counts_under_the_labels_that_it_is_given():
         x = batch(step)
         given = BatchFeatures({"image": x["image"]}, {"minilm": x["minilm"]})
         prototypes.observe(given, {"minilm": torch.full((BATCH,), 3)}, RankRows(None, [BATCH]))
-    assert prototypes.terms["image", "minilm"].valid.nonzero().tolist() == [[3]]
+    mean = torch.cat([batch(step)["image"] for step in range(WARMUP, WARMUP + EVERY)]).mean(0)
+    assert_near(prototypes.terms["image", "minilm"].prototypes[3], mean)
+    assert_near(prototypes.in_use["minilm"], torch.tensor(1 / K))
 
 
 def test_evaluation_takes_nothing_in():
@@ -280,6 +282,8 @@ def test_bad_calls_are_named():
         loss(x["image"], x["text"], 10.0)
     with pytest.raises(ValueError, match=r"teacher_features\['minilm'\] must have 8 rows as image_features, got shape \(3, 9\)"):
         loss(x["image"], x["text"], 10.0, teacher_features={"minilm": x["minilm"][:3]})
+    with pytest.raises(ValueError, match=r"teacher_features\['minilm'\] is on meta but image_features is on cpu"):
+        loss(x["image"], x["text"], 10.0, teacher_features={"minilm": x["minilm"].to("meta")})
 
 
 def test_targets_of_prototypes_that_are_gone_are_not_saved():
