@@ -4,6 +4,7 @@ import pytest
 from rank_cases import pytest_pycollect_makemodule  # noqa: F401
 
 from protoclip_losses.kernels import blocks
+from protoclip_losses.prototypes import renewal
 
 
 @pytest.fixture(scope="module", params=["streamed", "accelerator", "dense"])
@@ -14,3 +15,9 @@ def form(request):
         if request.param == "accelerator":
             patch.setattr(blocks, "may_read_values", lambda x: False)
         yield request.param
+
+
+@pytest.fixture
+def lost_centroids_stay(monkeypatch):
+    """Online prototypes as those of 0.6, where a centroid that lost its members stayed where it was, without any."""
+    monkeypatch.setattr(renewal, "draw_far_samples", lambda *_: {})

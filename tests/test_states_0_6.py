@@ -8,6 +8,7 @@ from states_0_6.saved import FOLDER, assert_facts, read
 
 from protoclip_losses import OnlinePrototypes, ProtoLoss, Prototypes
 
+pytestmark = pytest.mark.usefixtures("lost_centroids_stay")
 # Their facts are of a K-means that begins when warm-up ends.
 STARTS_KMEANS = {"online_warmup", "loss_online_warmup"}
 HOSTS = {"host_lightning", "host_open_clip_online", "host_transformers", "host_transformers_online"}

@@ -39,7 +39,8 @@ def exponential_keys(seed: int, run: int, draw: int, total: int) -> Tensor:
     Efraimidis and Spirakis (2006). The keys belong to positions, so that a draw does not depend on the number of ranks.
     """
     state = np.random.SeedSequence([seed, run, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return torch.empty(total).exponential_(generator=torch.Generator().manual_seed(int(state)))
+    keys = torch.empty(total, dtype=torch.float32, device="cpu")
+    return keys.exponential_(generator=torch.Generator("cpu").manual_seed(int(state)))
 
 
 def _has_converged(objectives: list[float], tol: float) -> bool:

@@ -1,6 +1,7 @@
 """How the kernels take part in autograd and in torch.compile."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +94,18 @@ def recomputed_blocks(function: Callable[[slice], Tensor], rows: int, chunk: int
         block = slice(start, min(start + chunk, rows))
         parts.append(checkpoint(function, block, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(parts)
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """For tensors that later training uses: without a gradient, and no inference tensors, which autograd could not save."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def in_backward() -> bool:
+    """Whether autograd is running backward here: a forward that runs now is one that activation checkpointing runs again."""
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.module_tracker asks
 
 
 def is_transformed() -> bool:

@@ -1,12 +1,35 @@
 """What the modules of this folder share that hold a process group or a state."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from ..distributed import Group
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def untraced_if(condition: Callable[[Any], bool], reason: str) -> Callable[[Method], Method]:
+    """A method that ``torch.compile`` does not trace, but runs as it is, for modules of which ``condition`` holds."""
+    options = {"reason": reason} if "reason" in signature(torch.compiler.disable).parameters else {}  # torch 2.4 has none
+
+    def decorator(method: Method) -> Method:
+        untraced = torch.compiler.disable(method, **options)  # type: ignore[no-untyped-call]
+
+        @wraps(method)
+        def wrapper(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # torch 2.4 cannot trace annotations
+            if torch.compiler.is_compiling() and condition(self):
+                return untraced(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
+
+        return cast(Method, wrapper)
+
+    return decorator
 
 
 class LossModule(nn.Module):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -13,13 +12,13 @@ from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
 from .misuse import warn_of_lengths, warn_of_one_projection
-from .prototype_holder import PrototypeHolder
+from .module import untraced_if
+from .prototype_module import PrototypeModule
 from .relational_distillation import check_distillation, distillation_share
 from .settings import ObjectiveSettings
-from .terms import WeightedTerms
 
 
-class ProtoLoss(PrototypeHolder):
+class ProtoLoss(PrototypeModule):
     r"""The ProtoCLIP objective: InfoNCE and a sum over prototype terms.
 
     **Use it when:** you train a CLIP and want all of it in one module.
@@ -112,6 +111,10 @@ class ProtoLoss(PrototypeHolder):
         )
         super().__init__(settings, process_group)
 
+    @untraced_if(
+        lambda loss: not loss.needs_episodes,
+        "prototypes that follow training change from step to step: compile without fullgraph=True, and the loss runs uncompiled",
+    )
     def forward(
         self,
         image_features: Tensor,
@@ -156,8 +159,7 @@ class ProtoLoss(PrototypeHolder):
         image = image_features if image_features_projected is None else image_features_projected
         text = text_features if text_features_projected is None else text_features_projected
         batch = BatchFeatures({"image": image, "text": text, **features}, teachers_by_name(teacher_features))
-        if self._prototypes is not None and self._prototypes.version != self._terms.version:
-            self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
+        terms, first = self._begin(batch)
 
         def prepare() -> "tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]":  # torch 2.4 cannot trace the type itself
             scale = self._check(image_features, text_features, logit_scale, batch, index)
@@ -165,11 +167,14 @@ class ProtoLoss(PrototypeHolder):
             source, check_values = self._prototypes, self.settings.check_values
             if self.settings.w_distill:
                 check_distillation(batch, proto_scale, self.settings)
-            # Labels of an episode come from the index: teachers are there to be distilled, and need not be clustered.
-            is_distilled_only = self.settings.w_distill and self.needs_episodes
-            own = BatchFeatures(batch.students, {}) if is_distilled_only else batch
-            labels = {} if source is None else source.labels(own, index, check_values=check_values)
-            return scale, self._terms.check(batch, proto_scale), labels
+            if first is None:
+                # Labels of an episode come from the index: teachers are there to be distilled, and need not be clustered.
+                is_distilled_only = self.settings.w_distill and self.needs_episodes
+                own = BatchFeatures(batch.students, {}) if is_distilled_only else batch
+                labels = {} if source is None else source.labels(own, index, check_values=check_values)
+            else:
+                labels = dict(first.labels)
+            return scale, terms.check(batch, proto_scale), labels
 
         (scale, scales, labels), ranks = validate_rows(
             prepare,
@@ -190,18 +195,17 @@ class ProtoLoss(PrototypeHolder):
             warn_of_one_projection(image_features_projected, text_features_projected)
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
-        self.metrics = {}
+        metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
             own_settings = self.settings.chunk_size, self.settings.gather_with_grad, ids, self.settings.repeats
-            share, self.metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
+            share, metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
             parts["contrastive_loss"] = self.settings.w_clip * share
         if self.settings.w_distill:
             parts["distillation_loss"] = self.settings.w_distill * distillation_share(batch, proto_scale, self.settings, ranks)
-        self._terms.add_to(parts, self.metrics, batch, scales, labels, ranks)
-        if self._prototypes is not None and torch.is_grad_enabled():
-            self._prototypes.observe(batch, labels, ranks)
+        terms.add_to(parts, metrics, batch, scales, labels, ranks)
         given = image_features, text_features, logit_scale, logit_bias, proto_scale, teacher_features, *batch.by_name.values()
         parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
+        self._end(first, batch, labels, ranks, metrics, parts.values())
         if output_dict:
             return parts
         total = parts["contrastive_loss"] + parts["proto_loss"] + parts["proto_external_loss"]

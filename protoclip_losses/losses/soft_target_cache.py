@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from ..functional.soft_targets import soft_target_rows
+from ..kernels.autograd import constants
 
 
 class SoftTargetCache:
@@ -33,7 +34,7 @@ class SoftTargetCache:
         self.is_filled_at_once = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of other tensors: it matches none."""
+        """A copy matches no tensors: references to them cannot be pickled."""
         return {**self.__dict__, "_made_from": []}
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
@@ -43,11 +44,16 @@ class SoftTargetCache:
     def with_rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         """All rows (K, D), of which those of these labels, of any shape, are computed."""
         if self.num_missing:
+            self._compute(student, teacher, labels, valid)
+        return self.values
+
+    def _compute(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> None:
+        """Compute the rows of these labels that are missing."""
+        with constants():
             wanted = torch.unique(labels[self.missing[labels]])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
-        return self.values
 
     def fill(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
         """Compute all rows now, so that no step has to."""

@@ -1,18 +1,18 @@
 """Online mode: prototypes for hosts whose loss never sees a sample index, from features that training computes anyway."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import sum_dtype
-from ..clustering.assign import assign
-from ..clustering.kmeans import KMeans
-from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
-from ..distributed import Group, RankRows, sum_over_ranks
+from ..distributed import Group, RankRows
+from ..kernels.autograd import constants
+from .cluster_sums import ClusterSums
+from .nearest import nearest_centroid, nearest_centroids, with_known_rows
 from .queue import FeatureQueue
+from .renewal import first_clusterings, renew
 from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
 
 
@@ -34,10 +34,11 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
 
     (teacher's features x, student's h: K-means' update and back translation). After ``every`` steps the sums, reduced over
     ranks, give the next centroids and prototypes. A step costs, in addition to training, the product of ``queue_size / every``
-    rows with K centroids for each teacher. A centroid without members stays where it was and is not valid until it has some.
+    rows with K centroids for each teacher. A centroid without members moves to a sample of the queue, drawn in proportion to its
+    squared distance from its own centroid, as in K-means; ``in_use`` says how many had members.
 
-    Pass it to :meth:`ProtoLoss.set_prototypes`; the loss does the rest, in each call with gradients enabled. It is then called
-    without ``index``, and external teachers come as ``teacher_features``, a mapping of name to (B, D_E).
+    Pass it to :meth:`ProtoLoss.set_prototypes`; the loss does the rest, in each call in training mode with gradients enabled. It
+    is then called without ``index``, and external teachers come as ``teacher_features``, a mapping of name to (B, D_E).
 
     Args:
         num_prototypes: number K of prototypes of each teacher.
@@ -53,13 +54,15 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         terms: the present :class:`PrototypeTerm` of each (student, teacher), without labels; empty during warm-up.
         step: steps seen.
         version: how many sets of prototypes there have been.
+        in_use: of each teacher, the share of prototypes that had members over the last ``every`` steps, a () tensor. It falls
+            where features move faster than prototypes follow: lower ``every``. ``ProtoLoss.metrics`` reports it.
 
     Example:
         >>> import torch
         >>> from protoclip_losses import ProtoLoss
         >>> loss = ProtoLoss(target_temperature=0.1)
         >>> loss.set_prototypes(OnlinePrototypes(num_prototypes=2, queue_size=8, every=2, warmup=2))
-        >>> h = torch.nn.functional.normalize(torch.arange(8.0).reshape(4, 2).sin(), dim=1)
+        >>> h = torch.nn.functional.normalize(torch.arange(8.0).reshape(4, 2).sin(), dim=1).requires_grad_()
         >>> parts = [loss(h, h, 10.0, output_dict=True) for _ in range(3)]
         >>> [float(x["proto_loss"]) > 0 for x in parts]
         [False, False, True]
@@ -86,33 +89,38 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
             raise ValueError(f"queue_size must be at least num_prototypes={num_prototypes}, got {queue_size}")
         self.niter, self.seed = check.positive_int("niter", niter), check.seed("seed", seed)
         self.terms: dict[Pair, PrototypeTerm] = {}
+        self.in_use: dict[str, Tensor] = {}
         self.calls = self.step = self.version = 0
         self.queue = FeatureQueue(queue_size)
-        self.sums: dict[Pair, Tensor] = {}
+        self.sums = ClusterSums(num_prototypes)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in self._SETTINGS)
         return f"OnlinePrototypes({settings}; step {self.step}, version {self.version})"
 
+    @torch.no_grad()
     def labels(self, features: BatchFeatures | str, index: Tensor | None = None, *, check_values: bool | None = None) -> Any:
         """Labels (B,) of each teacher: the centroid nearest to its own feature, -1 for rows that are not finite.
+
+        So for rows of zeros of an external teacher, which knows nothing of the sample.
 
         Raises:
             ValueError: an index is given, or features have other names or widths than in the first step.
         """
         if isinstance(features, str):  # labels(teacher, features) of 0.6
             check.warn_renamed("OnlinePrototypes.labels(teacher, features)", "labels(BatchFeatures(...), None)")
-            return _nearest(cast(Tensor, index), self._centroids()[features])
+            return nearest_centroid(cast(Tensor, index), self.clusterings[features].centroids)
         if index is not None:
             raise ValueError("index must be None with OnlinePrototypes: labels come from the nearest centroid")
-        rows = len(next(iter(features.students.values())))
+        image = next(iter(features.students.values()))
         for name, x in features.teachers.items():
-            check.matrix(f"teacher_features[{name!r}]", x, rows=rows, of=" as image_features")
-        by_name = features.by_name
+            check.matrix(f"teacher_features[{name!r}]", x, rows=len(image), of=" as image_features")
+            check.same_device(f"teacher_features[{name!r}]", x, "image_features", image)
+        by_name = with_known_rows(features)
         self._check_widths(by_name)
-        return {teacher: _nearest(by_name[teacher], centroids) for teacher, centroids in self._centroids().items()}
+        return nearest_centroids(by_name, self.clusterings)
 
-    @torch.no_grad()
+    @constants()
     def observe(self, features: BatchFeatures, labels: Mapping[str, Tensor], ranks: RankRows) -> None:
         """Take in a batch. Labels that are not given are those of :meth:`labels`.
 
@@ -122,21 +130,20 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         self.calls += 1
         if self.calls % self.calls_per_step:
             return
-        by_name = features.by_name
+        by_name, students, clusterings = with_known_rows(features), list(features.students), self.clusterings
         self._check_widths(by_name)
         self.step += 1
-        self.queue.push(by_name, ranks, self.step)
-        if not self.terms:
-            if self.step >= self.warmup:
-                self._start(list(features.students), ranks.group)
-            return
-        centroids = self._centroids()
-        found = {name: labels[name] if name in labels else _nearest(by_name[name], c) for name, c in centroids.items()}
-        self._accumulate(by_name, found, features.students)
-        earlier = self.queue.rows(self.queue.due(self.step, self.every))
-        self._accumulate(earlier, {name: _nearest(earlier[name], c) for name, c in centroids.items()}, features.students)
-        if (self.step - self.warmup) % self.every == 0:
-            self._renew(centroids, ranks.group)
+        found = nearest_centroids(by_name, clusterings, given=labels)
+        self.queue.push(by_name, found, ranks, self.step)
+        if self.terms:
+            self.sums.add(by_name, found, students)
+            self._assign(self.queue.due(self.step, self.every), students, clusterings)
+            if (self.step - self.warmup) % self.every == 0:
+                self._renew(clusterings, ranks.group)
+        elif self.step >= self.warmup:
+            clusterings = first_clusterings(self.queue, self.num_prototypes, self.niter, self.seed, self.warmup, ranks.group)
+            self._assign(self.queue.written(), students, clusterings)
+            self._renew(clusterings, ranks.group)
 
     def update(
         self,
@@ -156,6 +163,11 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         check.warn_renamed("OnlinePrototypes.check", "OnlinePrototypes.labels")
         self._check_widths(features)
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """``prototypes_in_use/TEACHER``: ``in_use`` of each teacher; empty during warm-up."""
+        return {f"prototypes_in_use/{teacher}": share for teacher, share in self.in_use.items()}
+
     def signature(self) -> dict[str, object]:
         """Settings and the step: all ranks must renew their prototypes together."""
         return {**super().signature(), **{name: getattr(self, name) for name in (*self._SETTINGS, "calls", "step")}}
@@ -166,49 +178,18 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         if widths != known:
             raise ValueError(f"features must have the names and widths of the first step, {known}, got {widths}")
 
-    def _start(self, students: Sequence[str], group: Group | None) -> None:
-        """K-means over the queue, and the first prototypes."""
-        written = self.queue.written()
-        count = int(sum_over_ranks(written.sum(), group))
-        if count < self.num_prototypes:
-            raise ValueError(
-                f"warmup={self.warmup} steps must leave at least num_prototypes={self.num_prototypes} samples in the queue, "
-                f"got {count}"
-            )
-        number, features = self.queue.sample_number[written], self.queue.rows(written)
-        kmeans = KMeans(self.num_prototypes, niter=self.niter, tol=0, seed=self.seed, max_dropped=1, process_group=group or False)
-        centroids = {name: kmeans.fit(x, index=number.to(x.device)).centroids for name, x in features.items()}
-        self._accumulate(features, {name: _nearest(x, centroids[name]) for name, x in features.items()}, students)
-        self._renew(centroids, group)
+    def _assign(self, mask: Tensor, students: Sequence[str], clusterings: Mapping[str, Clustering]) -> None:
+        """Assign the rows of the queue in ``mask``, and add them to the sums of the next prototypes."""
+        features = self.queue.rows(mask)
+        labels = nearest_centroids(features, clusterings)
+        self.queue.set_labels(mask, labels)
+        self.sums.add(features, labels, students)
 
-    def _accumulate(self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], students: Iterable[str]) -> None:
-        """Add these samples to the sums of the next prototypes."""
-        for teacher, own in labels.items():
-            for name in (teacher, *(s for s in students if s != teacher)):
-                h = features[name]
-                self._add((name, teacher), own.where(finite_rows(h), -1), h)
-
-    def _add(self, key: Pair, labels: Tensor, x: Tensor) -> None:
-        if key not in self.sums:
-            self.sums[key] = x.new_zeros((self.num_prototypes, x.shape[1] + 1), dtype=sum_dtype(x.device))
-        self.sums[key] = self.sums[key].to(x.device)  # a loaded state may be on another device
-        present, inverse = torch.unique(labels[labels >= 0], return_inverse=True)
-        self.sums[key][present] += segment_sums_and_counts(inverse, x[labels >= 0], len(present))  # only clusters that occur
-
-    def _renew(self, centroids: Mapping[str, Tensor], group: Group | None) -> None:
-        """Centroids and prototypes from the sums of all ranks; a centroid without members stays where it was."""
-        means = {key: segment_means_and_counts(sum_over_ranks(x, group)) for key, x in self.sums.items()}
-        for teacher, old in centroids.items():
-            own, counts = means[teacher, teacher]
-            clustering = Clustering(own.float().where(counts[:, None] > 0, old))
-            for (student, of), (mean, found) in means.items():
-                if of == teacher != student:
-                    self.terms[student, teacher] = PrototypeTerm(mean.float(), (counts > 0) & (found > 0), clustering)
-        self.sums = {}
+    def _renew(self, clusterings: Mapping[str, Clustering], group: Group | None) -> None:
+        """The next prototypes, by the sums since the last ones."""
+        self.terms, self.in_use = renew(self.sums, clusterings, self.queue, group, self.seed, self.version + 1)
+        self.sums = ClusterSums(self.num_prototypes)
         self.version += 1
-
-    def _centroids(self) -> dict[str, Tensor]:
-        return {teacher: x.centroids.to(self.queue.features[teacher].device) for teacher, x in self.clusterings.items()}
 
     _SETTINGS = ("num_prototypes", "queue_size", "every", "warmup", "calls_per_step", "niter", "seed")
     _COUNTERS = ("calls", "step", "version")
@@ -219,8 +200,9 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         parts = ("prototypes", "teacher_centroids", "valid")
         terms = {key: {part: getattr(term, part) for part in parts} for key, term in self.terms.items()}
         state = {"format": 1, "kind": self.kind, **numbers, **self.queue.state_dict()}
-        return {**state, "sums": dict(self.sums), "terms": terms}
+        return {**state, "sums": dict(self.sums.sums), "terms": terms, "in_use": dict(self.in_use)}
 
+    @constants()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a saved state; raises ValueError, and changes nothing, if it was made with other settings."""
         sums = state["_sums"] if check.state_format("OnlinePrototypes", state) == 0 else state["sums"]
@@ -232,7 +214,8 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
             for (student, teacher), term in state["terms"].items()
         }
         self.calls, self.step, self.version = (state[name] for name in self._COUNTERS)
-        self.queue, self.terms, self.sums = queue, terms, {key: x.clone() for key, x in sums.items()}
+        self.queue, self.terms, self.sums = queue, terms, ClusterSums(self.num_prototypes, sums)
+        self.in_use = {teacher: x.clone() for teacher, x in state.get("in_use", {}).items()}  # 0.7.0 and earlier saved none
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "OnlinePrototypes":
@@ -240,9 +223,3 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         self = cls(**{name: state[name] for name in cls._SETTINGS})
         self.load_state_dict(state)
         return self
-
-
-def _nearest(features: Tensor, centroids: Tensor) -> Tensor:
-    """The nearest centroid of each row, -1 where the row is not finite."""
-    finite = finite_rows(features)
-    return assign(features.detach().where(finite[:, None], 0), centroids)[0].where(finite, -1)

@@ -14,6 +14,7 @@ class FeatureQueue:
 
     Attributes:
         features: (capacity, D) float32 by name, on the device of the last batch; empty before the first.
+        labels: (capacity,) int64 by teacher, each row's cluster when it was last assigned; -1 for none.
         sample_number: (capacity,) int64, the number of each row's sample in the run over all ranks; -1 where there is none.
         step_added: (capacity,) int64, the step in which the row was written; -1 where there is none.
         seen: samples pushed so far, over all ranks.
@@ -23,6 +24,7 @@ class FeatureQueue:
     def __init__(self, size: int) -> None:
         self.size = size
         self.features: dict[str, Tensor] = {}
+        self.labels: dict[str, Tensor] = {}
         self.sample_number, self.step_added = torch.empty((2, 0), dtype=torch.int64, device="cpu").unbind()
         self.seen = self.cursor = 0
 
@@ -31,9 +33,11 @@ class FeatureQueue:
         """Width of the features by name."""
         return {name: x.shape[1] for name, x in self.features.items()}
 
-    def push(self, features: Mapping[str, Tensor], ranks: RankRows, step: int) -> None:
-        """Write a batch over the oldest rows."""
+    def push(self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], ranks: RankRows, step: int) -> None:
+        """Write a batch with its labels (B,) by teacher over the oldest rows."""
         capacity = -(-self.size // ranks.world_size)
+        if self.features and len(self.sample_number) != capacity:
+            self._resize(capacity)
         count = ranks.own.stop - ranks.own.start
         number = self.seen + torch.arange(ranks.own.start, ranks.own.stop, device="cpu")
         self.seen += ranks.total
@@ -47,6 +51,15 @@ class FeatureQueue:
             queue = self.features[name] = self.features[name].to(x.device)
             queue[row[last].to(x.device)] = x[last].float()
         self.sample_number[row[last]], self.step_added[row[last]] = number[last], step
+        self.set_labels(row[last], {teacher: own[last] for teacher, own in labels.items()})
+
+    def set_labels(self, rows: Tensor, labels: Mapping[str, Tensor]) -> None:
+        """Remember the clusters (n,) by teacher of these rows, given by a mask (capacity,) or by their numbers (n,)."""
+        for teacher, own in labels.items():
+            device = self.features[teacher].device
+            known = self.labels.get(teacher, torch.full(self.sample_number.shape, -1, device=device)).to(device)
+            known[rows.to(device)] = own.to(device)
+            self.labels[teacher] = known
 
     def rows(self, mask: Tensor) -> dict[str, Tensor]:
         """The features of the rows in ``mask`` (capacity,)."""
@@ -61,19 +74,40 @@ class FeatureQueue:
         age = step - self.step_added
         return self.written() & (age > 0) & (age % every == 0)
 
+    def _resize(self, capacity: int) -> None:
+        """Keep the most recent rows, oldest first: the state was saved on another number of processes."""
+        kept = self.sample_number.argsort()[-capacity:]
+        kept = kept[self.sample_number[kept] >= 0]
+
+        def resized(x: Tensor, empty: int) -> Tensor:
+            other = x.new_full((capacity, *x.shape[1:]), empty)
+            other[: len(kept)] = x[kept.to(x.device)]
+            return other
+
+        self.features = {name: resized(x, 0) for name, x in self.features.items()}
+        self.labels = {name: resized(x, -1) for name, x in self.labels.items()}
+        self.sample_number, self.step_added = resized(self.sample_number, -1), resized(self.step_added, -1)
+        self.cursor = len(kept) % capacity
+
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
         names = ("sample_number", "step_added", "seen", "cursor")
-        return {"queue": dict(self.features), **{name: getattr(self, name) for name in names}}
+        return {"queue": dict(self.features), "labels": dict(self.labels), **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_state_dict(cls, size: int, state: Mapping[str, Any]) -> "FeatureQueue":
-        """The queue of a saved state of today or of 0.6."""
+        """The queue of a saved state of today or of 0.6; raises ValueError if its parts are not of equal length."""
         if "_queue" in state:
             names = {"queue": "_queue", "sample_number": "_number", "step_added": "_came", "cursor": "_cursor"}
             state = {**state, **{new: state[old] for new, old in names.items()}}
         self = cls(size)
         self.features = {name: x.clone() for name, x in state["queue"].items()}
+        self.labels = {name: x.clone() for name, x in state.get("labels", {}).items()}  # 0.7.0 and earlier saved none
         self.sample_number, self.step_added = state["sample_number"].clone(), state["step_added"].clone()
         self.seen, self.cursor = state["seen"], state["cursor"]
+        rows = {name: len(x) for name, x in {**self.features, "step_added": self.step_added}.items()}
+        rows |= {f"labels of {name}": len(x) for name, x in self.labels.items()}
+        for name, count in rows.items():
+            if count != len(self.sample_number):
+                raise ValueError(f"{name} in the state must have {len(self.sample_number)} rows as sample_number, got {count}")
         return self

@@ -198,6 +198,11 @@ class PrototypeSource(ABC):
     def observe(self, features: BatchFeatures, labels: Mapping[str, Tensor], ranks: RankRows) -> None:  # noqa: B027
         """Take in a training batch with its labels. Does nothing unless overridden: an episode's prototypes are constant."""
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached () tensors by name, which ``ProtoLoss.metrics`` reports; none unless overridden."""
+        return {}
+
     def signature(self) -> dict[str, object]:
         """What must be equal on all ranks, by name."""
         return {"prototypes": (self.kind, self.version, list(self.terms))}

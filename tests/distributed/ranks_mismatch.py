@@ -116,7 +116,16 @@ def prototypes_that_were_built_apart(rank, world_size, folder):
 @rank_case(world_sizes=(2,), own_processes=True)
 def other_online_settings(rank, world_size, folder):
     x = unit(3, 5, rank)
-    for setting in ({"every": 2 + rank}, {"warmup": 2 + rank}, {"seed": rank}, {"niter": 5 + rank}):
+    for name, value in {
+        "num_prototypes": 2,
+        "queue_size": 8,
+        "every": 2,
+        "warmup": 2,
+        "calls_per_step": 1,
+        "niter": 5,
+        "seed": 0,
+    }.items():
+        setting = {name: value + rank}
         loss = ProtoLoss()
         loss.set_prototypes(OnlinePrototypes(**{"num_prototypes": 2, "queue_size": 8, "every": 2, "warmup": 2, **setting}))
         names(next(iter(setting)), lambda loss=loss: loss(x, x, 10.0))

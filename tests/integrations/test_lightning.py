@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from protoclip_losses import EpisodeSampler, OnlinePrototypes, ProtoLoss, TeacherAdapter
 from protoclip_losses.episodes import EpisodeOrder, WithIndex
 from protoclip_losses.integrations.lightning import ProtoCLIPCallback
+from protoclip_losses.prototypes.extra_state import unpack
 
 ROWS, BATCH = 40, 10
 
@@ -69,7 +70,7 @@ def test_the_first_epoch_is_warm_up_and_the_next_has_prototypes(tmp_path, pairs,
 def test_a_checkpoint_of_the_trainer_holds_the_prototypes(tmp_path, pairs, step):
     model, calls = fit(tmp_path / "whole", pairs, Counting(4), epochs=3)
     rest, more = fit(tmp_path / "rest", pairs, Counting(4), epochs=3, resume=tmp_path / "whole" / f"step={step}.ckpt")
-    saved = torch.load(tmp_path / "whole" / f"step={step}.ckpt", weights_only=True)["state_dict"]["loss._extra_state"]
+    saved = unpack(torch.load(tmp_path / "whole" / f"step={step}.ckpt", weights_only=True)["state_dict"]["loss._extra_state"])
     assert len(saved["prototypes"]["index"]) == ROWS
     assert len(more) == 12 - step
     if step == 8:  # what Lightning promises: an epoch that had ended

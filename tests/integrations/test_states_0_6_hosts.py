@@ -11,6 +11,8 @@ from states_0_6.saved import FOLDER, assert_facts, read
 from protoclip_losses import ProtoLoss
 from protoclip_losses.integrations.open_clip.online import load_state
 
+pytestmark = pytest.mark.usefixtures("lost_centroids_stay")
+
 
 def test_open_clips_online_state(tmp_path):
     shutil.copy(FOLDER / "host_open_clip_online.pt", tmp_path / "epoch_1.online_0_of_1")

@@ -4,7 +4,7 @@ import dense
 import pytest
 import torch
 from cases import assert_near, leaf, unit
-from helpers import in_new_process
+from helpers import in_new_process, seeded
 
 from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss
 from protoclip_losses.clustering.assign import assign
@@ -181,7 +181,7 @@ def test_the_labels_of_a_batch_are_sought_once(monkeypatch):
     loss, asked = ProtoLoss(), []
     loss.set_prototypes(online())
     in_training(loss, WARMUP)
-    monkeypatch.setattr("protoclip_losses.prototypes.online.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
+    monkeypatch.setattr("protoclip_losses.prototypes.nearest.assign", lambda x, at: asked.append(len(x)) or assign(x, at))
     in_training(loss, 1)
     assert [rows for rows in asked if rows] == [BATCH] * 3  # of image, text and teacher; no row of the queue has its turn yet
 
@@ -192,7 +192,9 @@ def test_a_batch_counts_under_the_labels_that_it_is_given():
         x = batch(step)
         given = BatchFeatures({"image": x["image"]}, {"minilm": x["minilm"]})
         prototypes.observe(given, {"minilm": torch.full((BATCH,), 3)}, RankRows(None, [BATCH]))
-    assert prototypes.terms["image", "minilm"].valid.nonzero().tolist() == [[3]]
+    mean = torch.cat([batch(step)["image"] for step in range(WARMUP, WARMUP + EVERY)]).mean(0)
+    assert_near(prototypes.terms["image", "minilm"].prototypes[3], mean)
+    assert_near(prototypes.in_use["minilm"], torch.tensor(1 / K))
 
 
 def test_evaluation_takes_nothing_in():
@@ -281,6 +283,8 @@ def test_bad_calls_are_named():
         loss(x["image"], x["text"], 10.0)
     with pytest.raises(ValueError, match=r"teacher_features\['minilm'\] must have 8 rows as image_features, got shape \(3, 9\)"):
         loss(x["image"], x["text"], 10.0, teacher_features={"minilm": x["minilm"][:3]})
+    with pytest.raises(ValueError, match=r"teacher_features\['minilm'\] is on meta but image_features is on cpu"):
+        loss(x["image"], x["text"], 10.0, teacher_features={"minilm": x["minilm"].to("meta")})
 
 
 def test_targets_of_prototypes_that_are_gone_are_not_saved():
@@ -343,3 +347,19 @@ def test_a_state_that_does_not_fit_changes_nothing():
         prototypes.load_state_dict(state)
     assert repr(prototypes) == before
     assert not prototypes.queue.features
+
+
+def test_rows_of_zeros_of_a_teacher_are_no_samples_of_it():
+    """As of captions without a known word: no label, no place in a centroid, and the others as if they were not there."""
+    rows = 12
+    known = torch.arange(rows) % 4 > 0
+    image, text = (torch.nn.functional.normalize(torch.randn(rows, 6, generator=seeded(s)), dim=1) for s in (1, 2))
+    teacher = torch.randn(rows, 3, generator=seeded(3)).where(known[:, None], 0)
+    loss = ProtoLoss()
+    loss.set_prototypes(OnlinePrototypes(num_prototypes=2, queue_size=rows, every=1, warmup=1))
+    for _ in range(3):
+        loss(image.clone().requires_grad_(), text, 10.0, teacher_features={"t": teacher})
+    term = loss.prototypes.terms["image", "t"]
+    labels = torch.cdist(teacher, term.teacher_centroids).argmin(1)
+    for k in range(2):
+        assert torch.allclose(term.prototypes[k], image[known & (labels == k)].mean(0), atol=1e-5)

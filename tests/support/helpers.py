@@ -26,6 +26,19 @@ def same_partition(labels, groups):
     return pairs == len(labels.unique()) == len(groups.unique())
 
 
+def assert_same_state(one, other):
+    """Two states, mappings of mappings, are equal bit for bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, dict):
+            assert_same_state(value, other[name])
+        elif isinstance(value, torch.Tensor):
+            assert value.dtype == other[name].dtype, name
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
 def child_environment(*folders):
     """The environment of a process that imports what this one does, and from ``folders``."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in (*folders, *sys.path))}

@@ -1,23 +1,27 @@
-"""The settings and prototypes of the objective: what ProtoLoss holds between two calls, and saves."""
+"""A loss in which prototypes are set: its settings, the prototypes as it uses them, and the state that is saved."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, check_process_group
+from ..distributed import Group, RankRows, check_process_group
+from ..kernels.autograd import constants
 from ..prototypes.extra_state import StateTensor, pack, unpack
-from ..prototypes.source import PrototypeSource
+from ..prototypes.source import BatchFeatures, PrototypeSource
 from .module import LossModule
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
+from .training_calls import TrainingCall, TrainingCalls
 
 SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
 
-class PrototypeHolder(LossModule):
-    """A loss with settings and prototypes; each setting is an attribute."""
+class PrototypeModule(LossModule):
+    """What :class:`~protoclip_losses.ProtoLoss` is apart from its forward."""
 
     def __init__(self, settings: ObjectiveSettings, process_group: Group | bool | None) -> None:
         super().__init__()
@@ -26,7 +30,8 @@ class PrototypeHolder(LossModule):
         self.metrics: dict[str, Tensor] = {}
         self._is_set = False
         self._prototypes: PrototypeSource | None = None
-        self._terms = WeightedTerms(None, self.settings)
+        self._terms = WeightedTerms(None, settings)
+        self._calls = TrainingCalls()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.settings, name) if name in SETTINGS else super().__getattr__(name)
@@ -63,9 +68,43 @@ class PrototypeHolder(LossModule):
         """
         if prototypes is not None and not isinstance(prototypes, PrototypeSource):
             raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
-        terms = WeightedTerms(prototypes, self.settings)
-        terms.fill()
+        with constants():
+            terms = WeightedTerms(prototypes, self.settings)
+            terms.fill()
         self._prototypes, self._terms, self._is_set = prototypes, terms, True
+
+    def _begin(self, batch: BatchFeatures) -> tuple[WeightedTerms, TrainingCall | None]:
+        """The terms of this call; and the call that it runs again, if it does."""
+        first = None if self.needs_episodes else self._calls.first_run(batch)
+        if first is not None:
+            return first.terms, first
+        if self._prototypes is not None and self._prototypes.version != self._terms.version:
+            with constants():
+                self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
+        return self._terms, None
+
+    def _end(
+        self,
+        first: TrainingCall | None,
+        batch: BatchFeatures,
+        labels: Mapping[str, Tensor],
+        ranks: RankRows,
+        metrics: Mapping[str, Tensor],
+        values: Iterable[Tensor],
+    ) -> None:
+        """Report the call's metrics, and let the prototypes take a batch of training in."""
+        source, is_step = self._prototypes, self.training and torch.is_grad_enabled()
+        if first is None:
+            self.metrics = {**metrics} if source is None else {**metrics, **source.metrics}
+        if source is None:
+            return
+        if source.needs_episodes:
+            if is_step:
+                source.observe(batch, labels, ranks)
+            return
+        call = first or self._calls.remember(TrainingCall(self._terms, labels, batch), values, self.training)
+        if is_step:
+            self._calls.observe(call, source, batch, ranks)
 
     def get_extra_state(self) -> StateTensor:
         """The prototypes as one tensor: what ``state_dict()`` saves. In online mode with the queue of this rank."""
@@ -87,7 +126,8 @@ class PrototypeHolder(LossModule):
         if check.state_format("ProtoLoss", state) == 0:
             online = state.get("online")
             saved = {**online, "kind": "online"} if online is not None else saved and {**saved, "kind": "episode"}
-        source = None if saved is None else PrototypeSource.of_state(saved)
-        terms = WeightedTerms(source, self.settings)
-        terms.load_state_dict(state.get("targets"))
+        with constants():
+            source = None if saved is None else PrototypeSource.of_state(saved)
+            terms = WeightedTerms(source, self.settings)
+            terms.load_state_dict(state.get("targets"))
         self._prototypes, self._terms, self._is_set = source, terms, state["is_set"]
