@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, is_transformed
 from ..functional.soft_targets import soft_target_rows
 
 
@@ -34,6 +34,8 @@ class SoftTargetCache:
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         """The rows (B, D) of these labels (B,)."""
+        if self.num_missing and is_transformed():  # what is computed under torch.func cannot be kept
+            return every_target(student, teacher, self.temperature, valid).index_select(0, labels)
         if self.num_missing:
             wanted = torch.unique(labels[self.missing[labels]])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
@@ -67,6 +69,12 @@ class SoftTargetCache:
         """Take over saved rows."""
         self.values, self.missing = (state[name].to(self.values.device, copy=True) for name in ("values", "missing"))
         self.num_missing = int(self.missing.sum())
+
+
+def every_target(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    """All rows of M - P (K, D)."""
+    labels = torch.arange(len(student), device=student.device)
+    return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
 
 
 def _version(x: Tensor) -> int:
