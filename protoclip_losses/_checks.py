@@ -56,17 +56,6 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} but {other_name} is on {other.device}; move one of them")
 
 
-def valid_mask(valid: Tensor | None, num_prototypes: int) -> None:
-    """Check the (K,) bool mask of prototypes that exist."""
-    if valid is None:
-        return
-    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
-        got = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
-        raise TypeError(f"valid must be a bool tensor, got {got}")
-    if valid.shape != (num_prototypes,):
-        raise ValueError(f"valid must have shape ({num_prototypes},) as prototypes has rows, got {shape(valid)}")
-
-
 def chunk_rows(chunk_size: int | None) -> None:
     """Check the number of rows that are worked on at a time."""
     if chunk_size is not None:
@@ -122,45 +111,12 @@ def finite(name: str, x: Tensor, what: str = "rows") -> None:
         )
 
 
-def labels_within(labels: Tensor, num_prototypes: int, ignore_index: int) -> bool:
-    """Whether all labels are in [0, num_prototypes) and none is ignored, as far as their range tells."""
-    if labels.numel() == 0:
-        return True
-    low, high = (int(x) for x in labels.aminmax())
-    return low >= 0 and high < num_prototypes and not low <= ignore_index <= high
-
-
-def label_range(name: str, labels: Tensor, num_prototypes: int, hint: str = "") -> None:
-    """Raise if a label is outside [0, num_prototypes)."""
-    if labels.numel() == 0:
-        return
-    low, high = (int(x) for x in labels.aminmax())
-    if low < 0 or high >= num_prototypes:
-        bad = (labels < 0) | (labels >= num_prototypes)
-        first = int(bad.int().argmax())
-        raise ValueError(
-            f"{name} must lie in [0, {num_prototypes}){hint}, got {int(labels[first])} at position {first} "
-            f"({int(bad.sum())} of {labels.numel()} out of range)"
-        )
-
-
-def labels_valid(name: str, labels: Tensor, row_mask: Tensor | None, valid: Tensor, hard: bool) -> None:
-    """Raise if no prototype is valid, or with hard targets if the label of a row that counts names one that is not."""
-    if not bool(valid.any()):
-        raise ValueError("valid must leave at least one prototype, got none")
-    wrong = ~valid[labels] if row_mask is None else row_mask & ~valid[labels]
-    if hard and bool(wrong.any()):
-        first = int(wrong.int().argmax())
-        raise ValueError(
-            f"{name} must not name an invalid prototype with hard targets: {int(wrong.sum())} rows do, the first at position "
-            f"{first} (valid[{int(labels[first])}] is False)"
-        )
-
-
 def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | None) -> Tensor:
     """Return the exponentiated logit scale as a 0-d tensor in the accumulation dtype of ``like``; gradients flow through."""
     dtype = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
+        if isinstance(value, torch.nn.Parameter):
+            warn(f"{name} is a Parameter, so probably the logarithm of the scale: pass {name}.exp()", once=True)
         if value.numel() != 1:
             raise ValueError(f"{name} must be a float or a tensor of shape () or (1,), got shape {shape(value)}")
         if not value.is_floating_point():
@@ -170,8 +126,11 @@ def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | N
         tensor = torch.full((), float(value), dtype=dtype, device=like.device)
     else:
         raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
-    if values_are_checked(like, check_values, tensor) and not math.isfinite(float(tensor.detach())):
-        raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {float(tensor)}")
+    if values_are_checked(like, check_values, tensor):
+        if not math.isfinite(number := float(tensor.detach())):
+            raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {number}")
+        if number <= 0:
+            warn(f"{name} is not positive, so probably the logarithm of the scale: pass {name}.exp()", once=True)
     return tensor
 
 
@@ -226,13 +185,23 @@ def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) 
             raise ValueError(f"state_dict has {name}={state[name]} but this {owner} has {name}={value}")
 
 
+SAID: set[str] = set()  # what was said once
+
+
+def warn(message: str, category: type[Warning] = UserWarning, *, once: bool = False) -> None:
+    """Warn at the line that called this package, through torch or not; with ``once`` the first time in this process alone."""
+    if torch.compiler.is_compiling() or message in SAID:  # a warning would break the graph
+        return
+    SAID.update([message] if once else [])
+    depth = 1
+    while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
+        depth += 1
+    warnings.warn(message, category, stacklevel=depth + 1)
+
+
 def warn_renamed(old: str, new: str) -> None:
-    """Warn that ``old`` is deprecated, and name its replacement, at the line that called this package, through torch or not."""
-    if not torch.compiler.is_compiling():  # a warning would break the graph
-        depth = 1
-        while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
-            depth += 1
-        warnings.warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning, stacklevel=depth + 1)
+    """Warn that ``old`` is deprecated, and name its replacement."""
+    warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning)
 
 
 def require(module: str, extra: str) -> Any:
@@ -240,6 +209,5 @@ def require(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"this needs {module}, which cannot be imported ({error}): pip install 'protoclip-losses[{extra}]'"
-        ) from error
+        install = f"pip install 'protoclip-losses[{extra}]'"
+        raise ImportError(f"this needs {module}, which cannot be imported ({error}): {install}") from error

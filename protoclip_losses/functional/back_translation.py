@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import accumulation_dtype, assert_on_device, sum_dtype
+from ._labels import label_range
 
 BAG_ROWS = 32  # rows that are added in float32, one after the other
 
@@ -69,7 +70,7 @@ def segment_sum(
     check.same_device("labels", labels, "features", features)
     if check.values_are_checked(features, check_values, labels):
         ignored = labels == -1
-        check.label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
+        label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
         check.finite("features", features[~ignored] if bool(ignored.any()) else features)
     else:
         assert_on_device((labels >= -1) & (labels < num_prototypes))

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import assert_on_device
 from ..kernels.prototype_cross_entropy import label_nll_rows, label_nll_sum
+from ._labels import label_range, labels_valid, labels_within, valid_mask
 from .soft_targets import base_prototypes
 
 
@@ -107,7 +108,7 @@ def check_term(
     check.matrix(student, features)
     check.matrix(columns, prototypes, width=features.shape[1], of=f" as {student}")
     check.integers("labels", labels, length=features.shape[0], of=f" as {student} has rows")
-    check.valid_mask(valid, prototypes.shape[0])
+    valid_mask(valid, prototypes.shape[0])
     for name, x in ((columns, prototypes), ("labels", labels), ("valid", valid)):
         if x is not None:
             check.same_device(name, x, student, features)
@@ -123,13 +124,13 @@ def check_term(
         return counted, safe
     row_mask: Tensor | None = None
     safe = labels
-    if not check.labels_within(labels, prototypes.shape[0], ignore_index):
+    if not labels_within(labels, prototypes.shape[0], ignore_index):
         row_mask = labels != ignore_index
         safe = labels.where(row_mask, 0)
-        check.label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
+        label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
         row_mask = None if bool(row_mask.all()) else row_mask
     if valid is not None:
-        check.labels_valid("labels", safe, row_mask, valid, hard)
+        labels_valid("labels", safe, row_mask, valid, hard)
     return row_mask, safe
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import accumulation_dtype
 from ..kernels.blocks import LogitBlocks, rows_per_block
+from ._labels import valid_mask
 
 
 def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: flo
     check.matrix("prototypes", prototypes)
     check.matrix("teacher_centroids", teacher_centroids, rows=prototypes.shape[0], of=" as prototypes")
     check.same_device("teacher_centroids", teacher_centroids, "prototypes", prototypes)
-    check.valid_mask(valid, prototypes.shape[0])
+    valid_mask(valid, prototypes.shape[0])
     if valid is not None and not bool(valid.any()):
         raise ValueError("valid must leave at least one prototype, got none")
     check.temperature("temperature", temperature)

@@ -10,6 +10,7 @@ from ..distributed import Group, RankRows, active_group, check_process_group, va
 from ..functional.info_nce import check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
+from .misuse import warn_of_lengths
 from .module import LossModule
 
 
@@ -102,6 +103,9 @@ class InfoNCE(LossModule):
                 "gather_with_grad": self.gather_with_grad,
             },
         )
+        if not self.was_called:
+            self.was_called = True
+            warn_of_lengths(image_features=image_features, text_features=text_features)
         loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss

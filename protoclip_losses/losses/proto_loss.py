@@ -1,26 +1,24 @@
 """The whole objective: InfoNCE plus a sum over prototype terms."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, active_group, check_process_group, validate_rows
+from ..distributed import Group, active_group, validate_rows
 from ..functional.info_nce import check_pairs
 from ..kernels.autograd import keep_in_graph
-from ..prototypes.source import BatchFeatures, PrototypeSource, teachers_by_name
+from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
-from .module import LossModule
+from .misuse import warn_of_lengths, warn_of_one_projection
+from .prototype_holder import PrototypeHolder
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
 
-SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
-
-class ProtoLoss(LossModule):
+class ProtoLoss(PrototypeHolder):
     r"""The ProtoCLIP objective: InfoNCE and a sum over prototype terms.
 
     **Use it when:** you train a CLIP and want all of it in one module.
@@ -89,54 +87,9 @@ class ProtoLoss(LossModule):
         chunk_size: int | None = None,
         check_values: bool | None = None,
     ) -> None:
-        super().__init__()
         weights, temperatures = (w_clip, w_proto, w_external), (target_temperature, external_target_temperature)
         flags, values = (back_translation, normalize_prototypes, gather_with_grad), (chunk_size, check_values)
-        self.settings = ObjectiveSettings(*weights, *temperatures, *flags, *values)
-        self.process_group = check_process_group(process_group)
-        self.metrics: dict[str, Tensor] = {}
-        self._is_set = False
-        self._prototypes: PrototypeSource | None = None
-        self._terms = WeightedTerms(None, self.settings)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.settings, name) if name in SETTINGS else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A changed setting is checked; temperatures and weights of prototype terms hold from the next :meth:`set_prototypes`."""
-        if name in SETTINGS:
-            name, value = "settings", replace(self.settings, **{name: value})
-        super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        return f"{self.settings.as_arguments()}, prototypes={self._prototypes if self._is_set else 'not set'}"
-
-    @property
-    def prototypes(self) -> PrototypeSource | None:
-        """The prototypes that are set."""
-        return self._prototypes
-
-    @property
-    def needs_episodes(self) -> bool:
-        """Whether the training loop has to set each episode's prototypes; False if those set keep themselves up to date."""
-        return self._prototypes is None or self._prototypes.needs_episodes
-
-    def set_prototypes(self, prototypes: PrototypeSource | None) -> None:
-        """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
-
-        Args:
-            prototypes: :class:`Prototypes` of an episode, :class:`OnlinePrototypes`, or another :class:`PrototypeSource`.
-
-        Raises:
-            TypeError: no source of prototypes.
-            ValueError: no weight for an external teacher, a weight for an unknown one, or without back translation a teacher of
-                another width.
-        """
-        if prototypes is not None and not isinstance(prototypes, PrototypeSource):
-            raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
-        terms = WeightedTerms(prototypes, self.settings)
-        terms.fill()
-        self._prototypes, self._terms, self._is_set = prototypes, terms, True
+        super().__init__(ObjectiveSettings(*weights, *temperatures, *flags, *values), process_group)
 
     def forward(
         self,
@@ -198,6 +151,11 @@ class ProtoLoss(LossModule):
                 **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
             },
         )
+        if not self.was_called:
+            self.was_called = True
+            projected = {"image_features_projected": image_features_projected, "text_features_projected": text_features_projected}
+            warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
+            warn_of_one_projection(image_features_projected, text_features_projected)
         zero = scale.detach().new_zeros(())
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
         self.metrics = {}
@@ -225,26 +183,3 @@ class ProtoLoss(LossModule):
         if index is not None:
             check.integers("index", index, length=image.shape[0], of=" as image_features has rows")
         return scale
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """The prototypes as plain tensors: what ``state_dict()`` saves. In online mode with the queue of this rank."""
-        source = self._prototypes
-        # After the last step of an online cycle the terms here are still those of the prototypes before.
-        is_current = source is not None and source.version == self._terms.version
-        return {
-            "format": 1,
-            "is_set": self._is_set,
-            "prototypes": None if source is None else source.state_dict(),
-            "targets": self._terms.state_dict() if is_current else [],
-        }
-
-    def set_extra_state(self, state: Any) -> None:
-        """Set the prototypes that were saved."""
-        saved = state.get("prototypes")
-        if check.state_format("ProtoLoss", state) == 0:
-            online = state.get("online")
-            saved = {**online, "kind": "online"} if online is not None else saved and {**saved, "kind": "episode"}
-        source = None if saved is None else PrototypeSource.of_state(saved)
-        terms = WeightedTerms(source, self.settings)
-        terms.load_state_dict(state.get("targets"))
-        self._prototypes, self._terms, self._is_set = source, terms, state["is_set"]

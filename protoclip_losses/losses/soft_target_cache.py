@@ -32,6 +32,10 @@ class SoftTargetCache:
         self.num_missing = student.shape[0]
         self.is_filled_at_once = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of other tensors: it matches none."""
+        return {**self.__dict__, "_made_from": []}
+
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         """The rows (B, D) of these labels (B,)."""
         if self.num_missing and is_transformed():  # what is computed under torch.func cannot be kept

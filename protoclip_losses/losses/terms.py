@@ -12,6 +12,7 @@ from .. import _checks as check
 from ..distributed import RankRows
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
+from .misuse import UseOfPrototypes
 from .settings import ObjectiveSettings
 from .soft_target_cache import SoftTargetCache
 
@@ -37,6 +38,11 @@ class WeightedTerm:
     def __post_init__(self) -> None:
         if self.temperature is not None:
             self.targets = SoftTargetCache(self.prototypes, self.centroids, self.valid, self.temperature)
+
+    @property
+    def accuracy_name(self) -> str:
+        """Of the metric that says for how many samples their own prototype has the largest logit."""
+        return f"prototype_accuracy/{self.student}/{self.teacher}"
 
     def fill(self) -> None:
         """Compute all targets now, not when labels need them."""
@@ -94,8 +100,10 @@ class WeightedTerms:
     def __init__(self, source: PrototypeSource | None, settings: ObjectiveSettings) -> None:
         self.terms: list[WeightedTerm] = []
         self.settings, self.version = settings, 0 if source is None else source.version
+        self.use = UseOfPrototypes(None, 0)
         if source is None or not source.terms:
             return
+        self.use = UseOfPrototypes(source.num_samples, max(len(term.prototypes) for term in source.terms.values()))
         external = source.external_teachers
         settings.check_teachers(external)
         groups = [teacher if teacher in external else None for _, teacher in source.terms]
@@ -146,6 +154,7 @@ class WeightedTerms:
         row_masks = [x != -1 for x in usable]
         own_counts = torch.stack([mask.sum() for mask in row_masks])
         counts = ranks.sum(own_counts).clamp(min=1)
+        hits = []
         for i, term in enumerate(self.terms):
             safe = usable[i].where(row_masks[i], 0)
             h, scale, delta = batch.students[term.student], scales[term.student], term.target_delta(safe)
@@ -161,7 +170,9 @@ class WeightedTerms:
                 with_accuracy=True,
             )
             parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
-            metrics[f"prototype_accuracy/{term.student}/{term.teacher}"] = correct / own_counts[i].clamp(min=1)
+            metrics[term.accuracy_name] = correct / own_counts[i].clamp(min=1)
+            hits.append(correct)
+        self.use.see([term.accuracy_name for term in self.terms], own_counts, hits, len(safe), ranks.total)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The targets of each term."""

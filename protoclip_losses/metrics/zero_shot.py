@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks as check
 from .._dtypes import accumulation_dtype, sum_dtype
+from ..functional._labels import label_range
 from ._features import class_numbers, neighbour_counts, unit_rows
 from .retrieval import best_ranks, hit_share
 
@@ -94,7 +94,7 @@ def zero_shot_accuracy(image: Tensor, labels: Tensor, classifier: Tensor, topk: 
     image = unit_rows("image", image)
     classifier = unit_rows("classifier", classifier, "image", image)
     labels = class_numbers("labels", labels, "image", image)
-    check.label_range("labels", labels, len(classifier), " as classifier has rows")
+    label_range("labels", labels, len(classifier), " as classifier has rows")
     neighbour_counts("topk", topk, len(classifier))
     ranks = best_ranks(image, labels, classifier, torch.arange(len(classifier), device=image.device))
     return {f"top{k}": hit_share(ranks, k) for k in topk}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..functional._labels import label_range
 from ._style import COLOURS, INK, PathLike, new_figure, plain_axes, save
 
 
@@ -62,7 +63,7 @@ def modality_map(image: Tensor, text: Tensor, categories: Tensor | None, names: 
         raise ValueError("categories and names must be given together, got one without the other")
     if categories is not None and names is not None:
         check.integers("categories", categories, length=len(image), of=" as image has rows", any_dtype=True)
-        check.label_range("categories", categories, len(names), " as names has entries")
+        label_range("categories", categories, len(names), " as names has entries")
     plane, shares = _principal_plane(image, text)
     figure = new_figure(10.0, 6.6)
     panel = figure.subplots()

@@ -10,6 +10,7 @@ from .._dtypes import accumulation_dtype, sum_dtype
 from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, sum_over_ranks
 from ..functional.back_translation import back_translate, segment_mean, segment_sum
+from .extra_state import StateTensor, pack, unpack
 from .source import several_labels
 
 
@@ -82,10 +83,12 @@ class PrototypicalBackTranslation(nn.Module):
             raise ValueError("compute needs at least one update(labels, features) before it")
         return segment_mean(self._sums, self._counts).to(self._dtype)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"format": 1, "sums": self._sums, "counts": self._counts, "dtype": str(self._dtype).removeprefix("torch.")}
+    def get_extra_state(self) -> StateTensor:
+        dtype = str(self._dtype).removeprefix("torch.")
+        return pack({"format": 1, "sums": self._sums, "counts": self._counts, "dtype": dtype})
 
     def set_extra_state(self, state: Any) -> None:
+        state = unpack(state)
         check.state_format("PrototypicalBackTranslation", state)
         counts = state["counts"]
         check.integers("state_dict counts", counts, length=self.num_prototypes, of=" as num_prototypes")

@@ -57,6 +57,7 @@ class Prototypes(PrototypeSource, kind="episode"):
                     f"labels of teacher {teacher!r} must be the same for all its students, those of {student!r} differ"
                 )
         self._checksum: int | None = None
+        self.num_samples = len(index)
         self.index, self.terms, self.report = index, dict(terms), report or EpisodeReport({}, {})
         self._ordered, self._order, self.labels_by_teacher = ordered, order, labels
 

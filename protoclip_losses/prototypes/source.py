@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import RankRows
+from ..functional._labels import label_range, valid_mask
 
 Pair = tuple[str, str]  # (student, teacher)
 
@@ -34,7 +35,7 @@ class Clustering:
         if self.labels is not None:
             labels = check_labels("labels", self.labels)
             num = self.centroids.shape[0]
-            check.label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
+            label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
 
     def checksum(self) -> int:
         """Of centroids and labels, which all ranks must have alike."""
@@ -90,7 +91,7 @@ class PrototypeTerm:
         check.matrix("prototypes", self.prototypes)
         num = self.prototypes.shape[0]
         check.matrix("teacher_centroids", self.teacher_centroids, rows=num, of=" as prototypes")
-        check.valid_mask(self.valid, num)
+        valid_mask(self.valid, num)
         if not bool(self.valid.any()):
             raise ValueError("valid must leave at least one prototype, got none")
         check.finite("prototypes", self.prototypes[self.valid])
@@ -178,6 +179,7 @@ class PrototypeSource(ABC):
     Attributes:
         terms: the :class:`PrototypeTerm` of each (student, teacher); empty while there are none, in warm-up.
         version: changes whenever ``terms`` does.
+        num_samples: of the episode that the terms are of; None where they keep themselves up to date.
         needs_episodes: False if :meth:`observe` keeps the terms up to date, so that a host has nothing to cluster.
 
     A teacher that is also a student of some term is internal; any other is external.
@@ -185,6 +187,7 @@ class PrototypeSource(ABC):
 
     terms: Mapping[Pair, PrototypeTerm]
     version: int = 0
+    num_samples: int | None = None
     needs_episodes: ClassVar[bool] = True
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["PrototypeSource"]]] = {}

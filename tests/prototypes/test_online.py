@@ -11,6 +11,7 @@ from protoclip_losses.clustering.assign import assign
 from protoclip_losses.distributed import RankRows
 from protoclip_losses.functional import prototype_cross_entropy, soft_targets
 from protoclip_losses.prototypes import BatchFeatures
+from protoclip_losses.prototypes.extra_state import unpack
 
 K, QUEUE, EVERY, WARMUP, BATCH = 5, 40, 4, 3, 8
 NAN = float("nan")
@@ -295,7 +296,7 @@ def test_targets_are_saved_as_they_were_built(same):
     loss = ProtoLoss(target_temperature=0.1)
     loss.set_prototypes(online())
     in_training(loss, WARMUP + 1)
-    state = loss.state_dict()
+    state = {"_extra_state": unpack(loss.state_dict()["_extra_state"])}  # a mapping, as 0.7.0 saved it, loads too
     targets = state["_extra_state"]["targets"]
     assert [bool(t["rows"]["missing"].all()) for t in targets if t["rows"]] == [False, False]
     for t in targets:

@@ -1,0 +1,52 @@
+"""Checks of labels, and of the mask that says which prototypes exist."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+
+
+def valid_mask(valid: Tensor | None, num_prototypes: int) -> None:
+    """Check the (K,) bool mask of prototypes that exist."""
+    if valid is None:
+        return
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        got = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid must be a bool tensor, got {got}")
+    if valid.shape != (num_prototypes,):
+        raise ValueError(f"valid must have shape ({num_prototypes},) as prototypes has rows, got {check.shape(valid)}")
+
+
+def labels_within(labels: Tensor, num_prototypes: int, ignore_index: int) -> bool:
+    """Whether all labels are in [0, num_prototypes) and none is ignored, as far as their range tells."""
+    if labels.numel() == 0:
+        return True
+    low, high = (int(x) for x in labels.aminmax())
+    return low >= 0 and high < num_prototypes and not low <= ignore_index <= high
+
+
+def label_range(name: str, labels: Tensor, num_prototypes: int, hint: str = "") -> None:
+    """Raise if a label is outside [0, num_prototypes)."""
+    if labels.numel() == 0:
+        return
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= num_prototypes:
+        bad = (labels < 0) | (labels >= num_prototypes)
+        first = int(bad.int().argmax())
+        raise ValueError(
+            f"{name} must lie in [0, {num_prototypes}){hint}, got {int(labels[first])} at position {first} "
+            f"({int(bad.sum())} of {labels.numel()} out of range)"
+        )
+
+
+def labels_valid(name: str, labels: Tensor, row_mask: Tensor | None, valid: Tensor, hard: bool) -> None:
+    """Raise if no prototype is valid, or with hard targets if the label of a row that counts names one that is not."""
+    if not bool(valid.any()):
+        raise ValueError("valid must leave at least one prototype, got none")
+    wrong = ~valid[labels] if row_mask is None else row_mask & ~valid[labels]
+    if hard and bool(wrong.any()):
+        first = int(wrong.int().argmax())
+        raise ValueError(
+            f"{name} must not name an invalid prototype with hard targets: {int(wrong.sum())} rows do, the first at position "
+            f"{first} (valid[{int(labels[first])}] is False)"
+        )

@@ -1,0 +1,93 @@
+"""The settings and prototypes of the objective: what ProtoLoss holds between two calls, and saves."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import _checks as check
+from ..distributed import Group, check_process_group
+from ..prototypes.extra_state import StateTensor, pack, unpack
+from ..prototypes.source import PrototypeSource
+from .module import LossModule
+from .settings import ObjectiveSettings
+from .terms import WeightedTerms
+
+SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
+
+
+class PrototypeHolder(LossModule):
+    """A loss with settings and prototypes; each setting is an attribute."""
+
+    def __init__(self, settings: ObjectiveSettings, process_group: Group | bool | None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.process_group = check_process_group(process_group)
+        self.metrics: dict[str, Tensor] = {}
+        self._is_set = False
+        self._prototypes: PrototypeSource | None = None
+        self._terms = WeightedTerms(None, self.settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settings, name) if name in SETTINGS else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A changed setting is checked; temperatures and weights of prototype terms hold from the next :meth:`set_prototypes`."""
+        if name in SETTINGS:
+            name, value = "settings", replace(self.settings, **{name: value})
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"{self.settings.as_arguments()}, prototypes={self._prototypes if self._is_set else 'not set'}"
+
+    @property
+    def prototypes(self) -> PrototypeSource | None:
+        """The prototypes that are set."""
+        return self._prototypes
+
+    @property
+    def needs_episodes(self) -> bool:
+        """Whether the training loop has to set each episode's prototypes; False if those set keep themselves up to date."""
+        return self._prototypes is None or self._prototypes.needs_episodes
+
+    def set_prototypes(self, prototypes: PrototypeSource | None) -> None:
+        """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
+
+        Args:
+            prototypes: :class:`Prototypes` of an episode, :class:`OnlinePrototypes`, or another :class:`PrototypeSource`.
+
+        Raises:
+            TypeError: no source of prototypes.
+            ValueError: no weight for an external teacher, a weight for an unknown one, or without back translation a teacher of
+                another width.
+        """
+        if prototypes is not None and not isinstance(prototypes, PrototypeSource):
+            raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
+        terms = WeightedTerms(prototypes, self.settings)
+        terms.fill()
+        self._prototypes, self._terms, self._is_set = prototypes, terms, True
+
+    def get_extra_state(self) -> StateTensor:
+        """The prototypes as one tensor: what ``state_dict()`` saves. In online mode with the queue of this rank."""
+        source = self._prototypes
+        # After the last step of an online cycle the terms here are still those of the prototypes before.
+        is_current = source is not None and source.version == self._terms.version
+        state = {
+            "format": 1,
+            "is_set": self._is_set,
+            "prototypes": None if source is None else source.state_dict(),
+            "targets": self._terms.state_dict() if is_current else [],
+        }
+        return pack(state)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Set the prototypes that were saved."""
+        state = unpack(state)
+        saved = state.get("prototypes")
+        if check.state_format("ProtoLoss", state) == 0:
+            online = state.get("online")
+            saved = {**online, "kind": "online"} if online is not None else saved and {**saved, "kind": "episode"}
+        source = None if saved is None else PrototypeSource.of_state(saved)
+        terms = WeightedTerms(source, self.settings)
+        terms.load_state_dict(state.get("targets"))
+        self._prototypes, self._terms, self._is_set = source, terms, state["is_set"]
