@@ -128,3 +128,14 @@ def relational_distillation(h, t, s, temperature):
     log_p = (t @ t.T / temperature)[others].view(len(h), -1).log_softmax(1)
     log_q = (s * h @ h.T)[others].view(len(h), -1).log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+def info_nce_of_repeats(z_image, z_text, s, ids, repeats):
+    """InfoNCE in which other pairs of the same id are left out of a softmax, or are targets of equal mass"""
+    same = ids[:, None] == ids
+    logits = s * z_image.double() @ z_text.double().T
+    if repeats == "mask":
+        logits = logits.masked_fill(same & ~torch.eye(len(ids), dtype=torch.bool), -torch.inf)
+        return -(logits.log_softmax(1).diagonal() + logits.T.log_softmax(1).diagonal()).mean() / 2
+    target = same.double() / same.sum(1, keepdim=True)
+    return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2

@@ -1,9 +1,10 @@
 """Pure functions, no state: the mathematics of every module of this library."""
 
 from .back_translation import back_translate
+from .caption_ids import caption_ids
 from .info_nce import info_nce
 from .prototype_cross_entropy import prototype_cross_entropy
 from .relational_distillation import relational_distillation
 from .soft_targets import soft_targets
 
-__all__ = ["back_translate", "info_nce", "prototype_cross_entropy", "relational_distillation", "soft_targets"]
+__all__ = ["back_translate", "caption_ids", "info_nce", "prototype_cross_entropy", "relational_distillation", "soft_targets"]

@@ -11,6 +11,8 @@ def info_nce(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    ids: Tensor | None = None,
+    repeats: str = "mask",
     reduction: str = "mean",
     chunk_size: int | None = None,
     check_values: bool | None = None,
@@ -29,6 +31,9 @@ def info_nce(
         image_features: (B, d), L2-normalised by the caller.
         text_features: (B, d), likewise; row i is the pair of image row i.
         logit_scale: :math:`s`, already exponentiated: a float, () or (1,). Gradients flow to it.
+        ids: (B,) int64 of captions that repeat, such as :func:`caption_ids` makes; None: every pair is alone.
+        repeats: what pairs with equal ids are to each other: ``"mask"`` no negatives, their logits are left out; ``"share"``
+            positives, all of equal mass.
         reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"``: :math:`\tfrac{1}{2}(\ell^I_i + \ell^T_i)` of each pair,
             whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
@@ -39,7 +44,7 @@ def info_nce(
 
     Raises:
         TypeError: features that are not floating-point tensors.
-        ValueError: shapes that do not match, an empty batch, a non-finite scale or feature, an unknown reduction.
+        ValueError: shapes that do not match, an empty batch, a non-finite scale or feature, an unknown reduction or repeats.
 
     Example:
         >>> import torch
@@ -54,9 +59,10 @@ def info_nce(
     scale = check_pairs(image_features, text_features, logit_scale, check_values)
     check.chunk_rows(chunk_size)
     check.reduction(reduction)
+    check_ids(ids, repeats, image_features)
     if reduction == "none":
-        return pair_nll_rows(image_features, text_features, scale, chunk_size)
-    total, _ = pair_nll_sum(image_features, text_features, scale, chunk_size)
+        return pair_nll_rows(image_features, text_features, scale, chunk_size, ids, repeats)
+    total, _ = pair_nll_sum(image_features, text_features, scale, chunk_size, ids=ids, repeats=repeats)
     return total if reduction == "sum" else total / image_features.shape[0]
 
 
@@ -72,3 +78,16 @@ def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_
         check.finite("image_features", image)
         check.finite("text_features", text)
     return scale
+
+
+def check_ids(ids: Tensor | None, repeats: str | None, image: Tensor) -> None:
+    """Check the ids of a batch, and what is to be done with them."""
+    if repeats not in ("mask", "share", None):
+        raise ValueError(f"repeats must be 'mask', 'share' or None, got {repeats!r}")
+    if ids is not None:
+        if repeats is None:
+            raise ValueError(
+                "ids need repeats='mask' or 'share', which says what pairs with equal ids are to each other, got None"
+            )
+        check.integers("ids", ids, length=image.shape[0], of=" as image_features has rows")
+        check.same_device("ids", ids, "image_features", image)

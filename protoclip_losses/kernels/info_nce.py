@@ -27,6 +27,7 @@ from ..distributed import RankRows
 from . import blocks
 from .autograd import recomputed_blocks, run
 from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
+from .repeats import repeated, shared_positives
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -43,19 +44,20 @@ def pair_nll(
     cache_logits: bool,
     with_gradient: bool,
     with_accuracy: bool,
+    ids: Tensor | None = None,
     ranks: RankRows | None = None,
 ) -> Result:
     """Sum over own pairs of the two directions' mean loss, how many images rank their text first, and gradients.
 
     Gradients are with respect to own image (b, d), own text (b, d) and scale (). Those of image and text are of the sum over
     the pairs of all ranks; that of the scale is a share: summed over ranks it is the gradient of that sum. What is not asked
-    for is empty or zero.
+    for is empty or zero. Pairs of equal ``ids`` (b,) are no negatives of each other.
     """
     with torch.autocast(image.device.type, enabled=False):
         ranks = ranks or RankRows(None, [image.shape[0]])
-        pass_over = _Pass(image, text, scale, chunk, with_accuracy, ranks)
+        pass_over = _Pass(image, text, scale, chunk, ids, ranks)
         cached = scale.new_empty((image.shape[0], pass_over.texts.shape[0])) if cache_logits and with_gradient else None
-        row_nll, others = pass_over.normalisers(cached)
+        row_nll, others = pass_over.normalisers(cached, with_accuracy)
         own = pass_over.own
         pair = ranks.gather(pass_over.pair)
         rows, column_nll = pass_over.pair + row_nll, F.softplus(others - pair, threshold=40)  # beyond it float64 sees no more
@@ -74,14 +76,21 @@ def pair_nll(
 class _Pass:
     """The two passes over blocks of rows, and what they share."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, with_accuracy: bool, ranks: RankRows) -> None:
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, ids: Tensor | None, ranks: RankRows) -> None:
         self.image, self.texts, self.scale, self.chunk = image, ranks.gather(text), scale, min(chunk, image.shape[0])
         self.blocks = LogitBlocks(self.texts, scale, self.chunk)
         self.ranks, self.own = ranks, ranks.own
         self.labels = torch.arange(self.own.start, self.own.stop, device=image.device)
         self.pair = scale.new_empty(image.shape[0])
         self.correct = scale.new_zeros(())
-        self.with_accuracy = with_accuracy
+        self.ids = None if ids is None else ranks.gather(ids)
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """A block of logits, -inf where another pair has the same id."""
+        logits = self.blocks(self.image[rows], out)
+        if self.ids is not None:
+            logits.masked_fill_(repeated(self.ids, self.own, rows), -torch.inf)
+        return logits
 
     def slices(self) -> Iterator[slice]:
         for start in range(0, self.image.shape[0], self.chunk):
@@ -91,15 +100,15 @@ class _Pass:
         """The entries of own pairs within a block of rows."""
         return block.diagonal(self.own.start + rows.start)
 
-    def normalisers(self, cached: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normalisers(self, cached: Tensor | None, with_accuracy: bool) -> tuple[Tensor, Tensor]:
         """-log p_ii of the rows, and log of each column's mass without its own pair. Fills ``cached`` with p, its diagonal 0."""
         row_nll = torch.empty_like(self.pair)
         others = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         for rows in self.slices():
             z = self.image[rows]
-            p = self.blocks(z, None if cached is None else cached[rows])
+            p = self.logits(rows, None if cached is None else cached[rows])
             self.pair[rows] = self.diagonal(p, rows)
-            if self.with_accuracy:
+            if with_accuracy:
                 self.correct += label_is_first(p, self.labels[rows]).sum()
             nll = softmax_nll(p, self.labels[rows], z, self.texts, self.scale)[1]
             self.diagonal(p, rows).zero_()
@@ -115,7 +124,7 @@ class _Pass:
         top = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         mass = torch.zeros_like(top)
         for rows in self.slices():
-            logits = self.blocks(self.image[rows])
+            logits = self.logits(rows)
             self.diagonal(logits, rows).fill_(-torch.inf)
             higher = torch.maximum(top, logits.amax(0))
             base = higher.clamp(min=torch.finfo(higher.dtype).min)  # -inf less -inf would be NaN
@@ -141,7 +150,7 @@ class _Pass:
             if rescaled and cached is not None:
                 p = cached[rows]
             else:
-                p = self.blocks(z)
+                p = self.logits(rows)
                 if not rescaled:
                     torch.sub(p, columns_lse, out=factor).exp_()
                 p.sub_(rows_lse[rows, None]).exp_()
@@ -162,14 +171,14 @@ pair_nll_operator = torch.library.custom_op(
     "protoclip_losses::pair_nll",
     pair_nll,
     mutates_args=(),
-    schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool cache_logits, bool with_gradient, bool with_accuracy) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor image, Tensor text, Tensor scale, SymInt chunk, bool cache_logits, bool with_gradient, bool with_accuracy, "
+    "Tensor? ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @pair_nll_operator.register_fake
 def _fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> Result:
-    *_, with_gradient, _ = rest
+    *_, with_gradient, _, _ = rest
     gradients = [scale.new_empty((image.shape[0] if with_gradient else 0, image.shape[1])) for _ in range(2)]
     return scale.new_empty(()), scale.new_empty(()), gradients[0], gradients[1], scale.new_empty(())
 
@@ -181,6 +190,8 @@ def pair_nll_sum(
     chunk_size: int | None,
     *,
     with_accuracy: bool = False,
+    ids: Tensor | None = None,
+    repeats: str | None = None,
     ranks: RankRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over own pairs of the InfoNCE loss among all ranks' pairs, differentiable; how many images rank their text first."""
@@ -188,8 +199,15 @@ def pair_nll_sum(
     ranks = ranks or RankRows(None, [image.shape[0]])
     cache_logits = image.shape[0] * ranks.total * scale.element_size() <= blocks.LOGITS_BUDGET
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or scale.requires_grad)
-    inputs = image, text, scale, rows_per_block(ranks.total, image.dtype, chunk_size), cache_logits, wanted, with_accuracy
-    return run("info_nce", pair_nll, pair_nll_operator, *inputs) if ranks.is_single else _run_outside_of_graphs(*inputs, ranks)
+    chunk, masked = rows_per_block(ranks.total, image.dtype, chunk_size), ids if repeats == "mask" else None
+    inputs = image, text, scale, chunk, cache_logits, wanted, with_accuracy, masked
+    if ranks.is_single:
+        total, correct = run("info_nce", pair_nll, pair_nll_operator, *inputs)
+    else:
+        total, correct = _run_outside_of_graphs(*inputs, ranks)
+    if ids is not None and repeats == "share":
+        total = total + scale * shared_positives(image, text, ids, ranks).sum()
+    return total, correct
 
 
 def in_product_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,18 +216,27 @@ def in_product_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return image.to(dtype), text.to(dtype)
 
 
-def pair_nll_rows(image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None) -> Tensor:
+def pair_nll_rows(
+    image: Tensor, text: Tensor, scale: Tensor, chunk_size: int | None, ids: Tensor | None = None, repeats: str | None = None
+) -> Tensor:
     """Each pair's mean of the two directions, (B,), by a dense expression for each block of rows that backward runs again."""
     image, text = in_product_dtype(image, text)
+    masked = ids if repeats == "mask" else None
 
     def rows(block: slice) -> Tensor:
         pairs = torch.arange(block.start, block.stop, device=image.device)
         with torch.autocast(image.device.type, enabled=False):
             of_images = (image[block] @ text.T).to(scale.dtype) * scale
             of_texts = (text[block] @ image.T).to(scale.dtype) * scale
+        if masked is not None:
+            same = repeated(masked, slice(0, len(masked)), block)
+            of_images, of_texts = (x.masked_fill(same, -torch.inf) for x in (of_images, of_texts))
         return (F.cross_entropy(of_images, pairs, reduction="none") + F.cross_entropy(of_texts, pairs, reduction="none")) / 2
 
-    return recomputed_blocks(rows, image.shape[0], rows_per_block(image.shape[0], image.dtype, chunk_size))
+    losses = recomputed_blocks(rows, image.shape[0], rows_per_block(image.shape[0], image.dtype, chunk_size))
+    if ids is not None and repeats == "share":
+        losses = losses + scale * shared_positives(image, text, ids, RankRows(None, [image.shape[0]]))
+    return losses
 
 
 # Collectives of a kernel have no place in a traced graph.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
-from ..functional.info_nce import check_pairs
+from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
 from .misuse import warn_of_lengths
@@ -33,6 +33,8 @@ class InfoNCE(LossModule):
     :func:`protoclip_losses.functional.info_nce`.
 
     Args:
+        repeats: what pairs with equal ``ids`` are to each other, over all ranks: ``"mask"`` no negatives, ``"share"`` positives
+            of equal mass. None: there are no ids.
         process_group: None for the default group, ``False`` to stay local (evaluation on one rank), or a group.
         gather_with_grad: False is what open_clip does without ``--gather-with-grad`` and ``--local-loss``, its default: a rank's
             loss is that of the whole batch with the features of other ranks as constants. On W ranks the gradient that reaches
@@ -58,6 +60,7 @@ class InfoNCE(LossModule):
     def __init__(
         self,
         *,
+        repeats: str | None = None,
         process_group: Group | bool | None = None,
         gather_with_grad: bool = True,
         chunk_size: int | None = None,
@@ -65,12 +68,14 @@ class InfoNCE(LossModule):
     ) -> None:
         super().__init__()
         check.chunk_rows(chunk_size)
+        check_ids(None, repeats, torch.empty(0))
+        self.repeats = repeats
         self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
         self.chunk_size, self.check_values = chunk_size, check_values
         self.metrics: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
-        return f"gather_with_grad={self.gather_with_grad}, chunk_size={self.chunk_size}"
+        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, chunk_size={self.chunk_size}"
 
     def forward(
         self,
@@ -79,6 +84,7 @@ class InfoNCE(LossModule):
         logit_scale: Tensor | float,
         logit_bias: Any = None,
         *,
+        ids: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss, a () tensor, or ``{"contrastive_loss": loss}``.
@@ -88,25 +94,33 @@ class InfoNCE(LossModule):
             text_features: (B, d) this rank's rows, L2-normalised.
             logit_scale: already exponentiated: a float, () or (1,).
             logit_bias: accepted, and given an exact zero gradient: a softmax does not depend on it.
+            ids: (B,) int64 of captions that repeat (:func:`protoclip_losses.functional.caption_ids`); needs ``repeats``.
             output_dict: return a dict, as open_clip's losses do.
         """
         if isinstance(logit_bias, bool):  # the fourth argument was output_dict in 0.6
             check.warn_renamed("output_dict as the fourth positional argument of InfoNCE", "output_dict=...")
             logit_bias, output_dict = None, logit_bias
         group = active_group(self.process_group)
+
+        def checked() -> Tensor:
+            check_ids(ids, self.repeats, image_features)
+            return check_pairs(image_features, text_features, logit_scale, self.check_values)
+
         scale, ranks = validate_rows(
-            lambda: check_pairs(image_features, text_features, logit_scale, self.check_values),
+            checked,
             group,
             num_rows(image_features),
             signature=lambda: {
                 **collective_signature(image_features, text_features, scale=logit_scale),
                 "gather_with_grad": self.gather_with_grad,
+                "repeats and ids": (self.repeats, ids is not None),
             },
         )
         if not self.was_called:
             self.was_called = True
             warn_of_lengths(image_features=image_features, text_features=text_features)
-        loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, self.chunk_size, self.gather_with_grad)
+        settings = self.chunk_size, self.gather_with_grad, ids, self.repeats
+        loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, *settings)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -129,10 +143,12 @@ def info_nce_share(
     ranks: RankRows,
     chunk_size: int | None,
     gather_with_grad: bool = True,
+    ids: Tensor | None = None,
+    repeats: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
     if not gather_with_grad:
         image, text = (x.detach().lerp(x, 1 / ranks.world_size) for x in (image, text))  # equal values, 1/W of the gradient
-    total, correct = pair_nll_sum(image, text, scale, chunk_size, with_accuracy=True, ranks=ranks)
+    total, correct = pair_nll_sum(image, text, scale, chunk_size, with_accuracy=True, ids=ids, repeats=repeats, ranks=ranks)
     share = total * (ranks.world_size / ranks.total)
     return share, {"contrastive_accuracy": correct / image.shape[0]}

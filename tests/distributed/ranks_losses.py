@@ -390,3 +390,22 @@ def a_copy_of_a_loss_communicates_with_the_same_group(rank, world_size, folder):
         other = copy.deepcopy(module)
         assert other.process_group is group
         assert torch.equal(other(x, x, 10.0), module(x, x, 10.0))
+
+
+@rank_case
+def repeated_captions_are_known_over_all_ranks(rank, world_size, folder):
+    total, rows = sum(SHARES[:world_size]), own_rows(rank)
+    ids = torch.arange(total) % 4  # each id on several ranks
+    for repeats in ("mask", "share"):
+        whole = [leaf(unit(total, 6, seed)) for seed in (1, 2)]
+        whole_scale = leaf(torch.tensor(10.0, dtype=torch.float64))
+        wanted = dense.info_nce_of_repeats(*whole, whole_scale, ids, repeats)
+        wanted.backward()
+        image, text = (leaf(x[rows]) for x in whole)
+        scale = leaf(whole_scale)
+        share = InfoNCE(repeats=repeats, chunk_size=2)(image, text, scale, ids=ids[rows])
+        share.backward()
+        assert_near(everyone(share).mean(), wanted)
+        assert_near(everyone(scale.grad).mean(), whole_scale.grad)
+        for own, x in ((image, whole[0]), (text, whole[1])):
+            assert_near(own.grad / world_size, x.grad[rows])
