@@ -36,8 +36,15 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     method.add_argument("--weight-clip", type=float, default=1.0, help="weight of InfoNCE")
     method.add_argument("--weight-proto", type=float, default=1.0, help="weight of the image and text prototype terms")
     method.add_argument("--weight-external", type=float, default=1.0, help="weight of the external teacher's terms")
-    method.add_argument("--teacher", default="minilm", help="minilm, none, or a .npy file with a row per training pair")
-    method.add_argument("--teacher-width", type=int, default=64, help="width of the teacher's features after PCA")
+    method.add_argument("--weight-distill", type=float, default=0.0, help="weight of relational distillation of the teachers")
+    teachers = "words (of the captions), minilm, .npy files with a row per training pair; one or several, or none"
+    method.add_argument("--teacher", nargs="+", default=["words"], help=teachers)
+    method.add_argument("--teacher-width", type=int, default=64, help="width of the teachers' features, by SVD or PCA")
+    clustered = "cluster teachers once, over all training pairs, or in each episode"
+    method.add_argument("--teacher-clusters", choices=("whole", "episode"), default="whole", help=clustered)
+    method.add_argument("--labels-per-sample", type=int, default=1, help="the nearest clusters of a pair, as a mixture")
+    made_of = "prototypes of a pass over the episode, or of what the last episode's training computed (--weight-proto 0)"
+    method.add_argument("--features", choices=("extracted", "training"), default="extracted", help=made_of)
     model = p.add_argument_group("model and optimisation")
     model.add_argument("--model", default="small", help="small, or the name of an open_clip model")
     model.add_argument("--head-width", type=int, default=512, help="hidden width of the projection heads (paper: 2048)")
@@ -59,12 +66,29 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     args = p.parse_args()
     if args.resume:
         args = resumed_arguments(p, args.run_dir)
-    counts = ("episodes", "episode_size", "num_prototypes", "batch_size", "save_every", "log_every", "teacher_width")
+    counts = (
+        "episodes",
+        "episode_size",
+        "num_prototypes",
+        "batch_size",
+        "save_every",
+        "log_every",
+        "teacher_width",
+        "labels_per_sample",
+    )
     for name in (*counts, "queue_size", "renew_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.held_out is not None and not 0 < args.held_out < 1:
         p.error(f"--held-out must be a share between 0 and 1, got {args.held_out}")
+    if "none" in args.teacher and len(args.teacher) > 1:
+        p.error(f"--teacher must be none or name teachers, got {' '.join(args.teacher)}")
+    reuses = args.method == "protoclip" and args.features == "training"
+    if reuses and (args.weight_proto > 0 or args.teacher_clusters == "episode" or args.teacher == ["none"]):
+        p.error(
+            "--features training needs teachers that are clustered once (--teacher-clusters whole), and --weight-proto 0: "
+            "clusters of the features themselves need those of the pairs that are trained next"
+        )
     return args
 
 
@@ -78,6 +102,7 @@ def set_sizes(args: argparse.Namespace, num_pairs: int, world_size: int) -> None
     for name, is_right, wanted in (
         ("episode_size", args.episode_size <= num_pairs, f"at most the {num_pairs} training pairs"),
         ("num_prototypes", args.num_prototypes <= args.episode_size, f"at most the {args.episode_size} pairs of an episode"),
+        ("labels_per_sample", args.labels_per_sample <= args.num_prototypes, f"at most the {args.num_prototypes} prototypes"),
         ("queue_size", args.queue_size >= args.num_prototypes, f"at least the {args.num_prototypes} prototypes"),
         ("batch_size", args.batch_size <= args.episode_size, f"at most the {args.episode_size} pairs of an episode"),
         ("batch_size", args.batch_size % world_size == 0, f"a multiple of the {world_size} processes"),

@@ -14,7 +14,8 @@ processes=$((${NODES:-1} * ${PER_NODE:-8}))
 recipe=(
     --model RN50-quickgelu --head-width 2048 --projection-width 128
     --episode-size 200000 --num-prototypes 20000 --cluster-iterations 20 --cluster-restarts 3
-    --target-temperature 0.01 --weight-clip 1 --weight-proto 1 --weight-external 1 --teacher-width 64
+    --target-temperature 0.01 --weight-clip 1 --weight-proto 1 --weight-external 1
+    --teacher minilm --teacher-width 64 --teacher-clusters episode --features extracted
     --weight-decay 0.5 --gradient-clip 10 --workers 8 --save-every 1000 --log-every 50
 )
 small=(--episodes 100 --batch-size 64 --learning-rate 5e-5 --warmup-steps 2000)

@@ -16,7 +16,7 @@ from first_pass import number_pairs
 from pairs import Pairs, emoji_pairs, hold_out
 from PIL import Image
 
-from protoclip_losses import TeacherAdapter
+from protoclip_losses import Clustering, EpisodicClusterer, TeacherAdapter
 
 log = logging.getLogger("train")
 
@@ -51,25 +51,53 @@ def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, wo
     return train, held_out
 
 
-def load_teacher(args: argparse.Namespace, train: Pairs, run_dir: Path, device: torch.device) -> dict[str, TeacherAdapter]:
+def load_teachers(args: argparse.Namespace, train: Pairs, run_dir: Path, device: torch.device) -> dict[str, TeacherAdapter]:
     """External teachers of train_cc3m.py by name, each with a row per training pair."""
-    if args.teacher == "none":
-        return {}
-    width = min(args.teacher_width, len(train))
-    if args.teacher == "minilm":
-        cache = run_dir / "minilm.npy"
-        return {"minilm": TeacherAdapter.from_encoder(minilm_encoder(device), list(train.captions), cache=cache, dim=width)}
-    if not Path(args.teacher).is_file():
-        raise SystemExit(f"--teacher must be minilm, none, or an existing .npy file, got {args.teacher}")
-    teacher = TeacherAdapter.from_file(args.teacher)
+    names = [] if args.teacher == ["none"] else args.teacher
+    teachers = dict(_load_teacher(name, args.teacher_width, train, run_dir, device) for name in names)
+    if len(teachers) < len(names):
+        raise SystemExit(f"--teacher must name each teacher once, got {' '.join(names)}")
+    return teachers
+
+
+def _load_teacher(name: str, width: int, train: Pairs, run_dir: Path, device: torch.device) -> tuple[str, TeacherAdapter]:
+    captions = list(train.captions)
+    if name == "words":
+        return name, TeacherAdapter.from_captions(captions, width, run_dir / "words.npy")
+    width = min(width, len(train))
+    if name == "minilm":
+        return name, TeacherAdapter.from_encoder(minilm_encoder(device), captions, cache=run_dir / "minilm.npy", dim=width)
+    if not Path(name).is_file():
+        raise SystemExit(f"--teacher must be words, minilm, none, or an existing .npy file, got {name}")
+    teacher = TeacherAdapter.from_file(name)
     if len(teacher) != len(train):
         raise SystemExit(
             f"--teacher must have a row for each of the {len(train)} lines of {run_dir / 'train_captions.txt'}, in that order, "
-            f"got {args.teacher} with {len(teacher)} rows"
+            f"got {name} with {len(teacher)} rows"
         )
     if width < teacher.dim:
-        teacher = TeacherAdapter.from_file(args.teacher, dim=width)
-    return {Path(args.teacher).stem: teacher}
+        teacher = TeacherAdapter.from_file(name, dim=width)
+    return Path(name).stem, teacher
+
+
+def cluster_teachers(
+    teachers: dict[str, TeacherAdapter], clusterer: EpisodicClusterer, run_dir: Path, rank: int
+) -> dict[str, Clustering]:
+    """Clusterings of all training pairs, by teacher: computed once, and kept in the run folder."""
+    found = {}
+    for name, teacher in teachers.items():
+        path = run_dir / f"{name}.clusters.pt"
+        if path.exists():
+            found[name] = Clustering(**torch.load(path, weights_only=True))
+            continue
+        log.info("clustering %s pairs by %s, once for all episodes", f"{len(teacher):,}", name)
+        found[name] = clusterer.fit_teacher(teacher)
+        if dist.is_initialized():
+            dist.barrier()  # no rank may look for the file before all have
+        if rank == 0:
+            with replacing(path) as partial:
+                torch.save({"centroids": found[name].centroids, "labels": found[name].labels}, partial)
+    return found
 
 
 def find_shards(args: argparse.Namespace, run_dir: Path, side: int, rank: int) -> tuple[list[str], Pairs | None]:

@@ -1,9 +1,11 @@
 """Train ProtoCLIP, or the CLIP it is compared with, on image-text pairs. Read it from top to bottom.
 
-The embedded pairs (emoji from pip packages) on two CPU cores, in under five minutes; then the same with plain CLIP, and
-with prototypes from a queue of recent features instead of an extraction pass over each episode:
+The embedded pairs (emoji from pip packages) on two CPU cores, in under five minutes; then the same with plain CLIP, with
+prototypes of the captions' words alone and from features that training has computed anyway, which costs next to nothing, and
+with prototypes from a queue of recent features:
     python examples/train_cc3m.py
     python examples/train_cc3m.py --method clip
+    python examples/train_cc3m.py --features training --weight-proto 0 --external-target-temperature 0.1
     python examples/train_cc3m.py --method online
 
 Conceptual Captions as img2dataset writes it, an open_clip model, the paper's recipe (here on one GPU):
@@ -45,11 +47,20 @@ from evaluate import report
 from pairs import Pairs, load_batches
 from processes import start_processes
 from run_folder import STAGES, RunState, open_run_dir
-from sources import load_pairs, load_teacher
+from sources import cluster_teachers, load_pairs, load_teachers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from protoclip_losses import Episode, EpisodeSampler, EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss, TeacherAdapter
+from protoclip_losses import (
+    Clustering,
+    Episode,
+    EpisodeSampler,
+    EpisodicClusterer,
+    FeatureBank,
+    OnlinePrototypes,
+    ProtoLoss,
+    TeacherAdapter,
+)
 
 log = logging.getLogger("train")
 Schedule = Literal["warmup", "prototypes", "lit"]
@@ -67,9 +78,11 @@ def main() -> None:
     model.to(device)
     pairs, held_out = load_pairs(args, run_dir, inputs.decoded_side, rank, world_size)
     set_sizes(args, len(pairs), world_size)
-    teachers = {} if args.method == "clip" else load_teacher(args, pairs, run_dir, device)
+    teachers = {} if args.method == "clip" else load_teachers(args, pairs, run_dir, device)
     sampler = EpisodeSampler(len(pairs), args.episode_size, seed=args.seed, episodes=args.episodes)
     loss, clusterer = new_loss(args), new_clusterer(args)
+    is_clustered_once = args.method == "protoclip" and args.teacher_clusters == "whole"
+    clusterings = cluster_teachers(teachers, new_clusterer(args), run_dir, rank) if is_clustered_once else {}
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -84,14 +97,19 @@ def main() -> None:
     sampler.number = state.progress.episode
 
     # ---- episodes ---------------------------------------------------------------------------------------------------
-    trainer = Trainer(args, state, pairs, inputs, teachers, model, loss, clusterer, optimizer, scaler, dtype)
+    trainer = Trainer(args, state, pairs, inputs, teachers, clusterings, model, loss, clusterer, optimizer, scaler, dtype)
     for episode in sampler:
         schedule = trainer.schedule(episode)
         if state.progress.stage == "extraction":
             if schedule == "prototypes" and args.method == "protoclip":
-                bank = trainer.extract(episode)
-                trainer.cluster(episode, bank)
+                bank = trainer.take_collected() if args.features == "training" else trainer.extract(episode)
+                if bank is None:
+                    log.info("%s: no features yet, without warm-up: InfoNCE only", trainer.title(episode))
+                    loss.set_prototypes(None)
+                else:
+                    trainer.cluster(episode, bank)
             elif schedule == "lit" or args.method != "online":
+                trainer.take_collected()
                 loss.set_prototypes(None)  # InfoNCE only
             state.begin("training")
         trainer.train(episode, schedule)
@@ -113,12 +131,14 @@ class Trainer:
     pairs: Pairs
     inputs: Inputs
     teachers: dict[str, TeacherAdapter]
+    clusterings: dict[str, Clustering]  # of teachers that were clustered once
     model: DualEncoder
     loss: ProtoLoss
     clusterer: EpisodicClusterer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast; None for none
+    collected: FeatureBank | None = None  # features of the last training pass
 
     def __post_init__(self) -> None:
         self.ddp: nn.Module = self.model
@@ -155,14 +175,18 @@ class Trainer:
         return bank
 
     def cluster(self, episode: Episode, bank: FeatureBank) -> None:
-        """K-means of each modality and of the teacher, back-translation, and the constants of the prototype terms."""
-        size, number = f"{self.args.episode_size:,}", f"{self.args.num_prototypes:,}"
-        names = ", ".join(["image", "text", *self.teachers])
-        log.info("%s: clustering %s pairs into %s prototypes by %s", self.title(episode), size, number, names)
+        """K-means of each modality and teacher that has no clustering yet, back-translation, and the constants of the terms."""
+        internal = self.args.weight_proto > 0
+        clustered = [*(["image", "text"] if internal else []), *(name for name in self.teachers if name not in self.clusterings)]
+        if clustered:
+            size, number = f"{self.args.episode_size:,}", f"{self.args.num_prototypes:,}"
+            log.info("%s: clustering %s pairs into %s prototypes by %s", self.title(episode), size, number, ", ".join(clustered))
         start = time.time()
-        prototypes = self.clusterer.build(bank, self.teachers)
+        # Features of the last episode's training serve the samples of this one.
+        index = episode.index.to(bank.index.device) if self.args.features == "training" else None
+        prototypes = self.clusterer.build(bank, {**self.teachers, **self.clusterings}, internal=internal, index=index)
         self.loss.set_prototypes(prototypes)
-        log.info("%s: clustered in %.1f s", self.title(episode), time.time() - start)
+        log.info("%s: prototypes in %.1f s", self.title(episode), time.time() - start)
         self.state.log_seconds("clustering", start)
         metrics, step = self.state.metrics, self.state.progress.step
         metrics.log_scalars("clustering", prototypes.report.scalars(), step)
@@ -174,13 +198,20 @@ class Trainer:
         start = time.time()
         index = episode.shard(self.state.rank, self.state.world_size)
         order = list(torch.split(index, args.batch_size // self.state.world_size))[: args.steps_per_episode]
+        if args.method == "protoclip" and args.features == "training":
+            self.collected = FeatureBank(torch.cat(order), args.projection_width)
+            self.state.register("collected", self.collected, per_rank=True)
         for batch, pictures, tokens in self.batches(episode, order):
             rate = learning_rate(progress.step, args.episodes * args.steps_per_episode, args)
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0 if schedule == "lit" and group["visual"] else rate
             with self.autocast():
-                parts = self.loss(**self.ddp(pictures, tokens), **self.label_arguments(batch), output_dict=True)
+                out = self.ddp(pictures, tokens)
+                parts = self.loss(**out, **self.label_arguments(batch), output_dict=True)
                 total = sum(parts.values())
+            if self.collected is not None:
+                projected = (out[f"{name}_features_projected"].detach() for name in ("image", "text"))
+                self.collected.update(batch, *projected)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
             self.scaler.unscale_(self.optimizer)
@@ -197,6 +228,13 @@ class Trainer:
         used = "with prototypes" if schedule == "prototypes" else "InfoNCE only"
         log.info("%s: %s, loss %.3f, %.1f s", self.title(episode), used, self.state.metrics.last_loss, time.time() - start)
 
+    def take_collected(self) -> FeatureBank | None:
+        """The features of the last training pass, which no checkpoint needs any longer."""
+        bank, self.collected = self.collected, None
+        if bank is not None:
+            self.state.unregister("collected")
+        return bank
+
     def batches(self, episode: Episode, order: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(sample indices, augmented pictures, tokens) of each batch of this stage that is not done yet."""
         progress, device = self.state.progress, self.state.device
@@ -211,11 +249,11 @@ class Trainer:
             self.state.batch_done()
 
     def label_arguments(self, index: Tensor) -> dict[str, Any]:
-        """What gives a batch its labels: the sample index; in online mode the nearest centroid, so the teacher's features."""
-        device = self.state.device
-        if self.args.method != "online":
-            return {"index": index.to(device)}
-        return {"teacher_features": {name: teacher[index].to(device) for name, teacher in self.teachers.items()}}
+        """What gives a batch its labels: the sample index; in online mode the nearest centroid, so the teachers' features."""
+        device, online = self.state.device, self.args.method == "online"
+        wanted = self.teachers if online or self.args.weight_distill else {}
+        features = {name: teacher[index].to(device) for name, teacher in wanted.items()}
+        return {"index": None if online else index.to(device), "teacher_features": features}
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.state.device.type, self.dtype, enabled=self.dtype is not None)
@@ -234,6 +272,7 @@ def new_loss(args: argparse.Namespace) -> ProtoLoss:
         w_clip=args.weight_clip,
         w_proto=args.weight_proto,
         w_external=args.weight_external,
+        w_distill=0.0 if args.method == "clip" or args.teacher == ["none"] else args.weight_distill,
         target_temperature=args.target_temperature,
         external_target_temperature=args.external_target_temperature,
     )
@@ -246,7 +285,9 @@ def new_loss(args: argparse.Namespace) -> ProtoLoss:
 
 def new_clusterer(args: argparse.Namespace) -> EpisodicClusterer:
     runs = {"niter": args.cluster_iterations, "nredo": args.cluster_restarts}
-    return EpisodicClusterer(args.num_prototypes, **runs, seed=args.seed, device=args.cluster_device)
+    return EpisodicClusterer(
+        args.num_prototypes, labels_per_sample=args.labels_per_sample, **runs, seed=args.seed, device=args.cluster_device
+    )
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

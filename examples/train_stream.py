@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--num-prototypes", type=int, default=150)
     p.add_argument("--shuffle", type=int, default=512, help="encoded samples that a reader holds and shuffles")
     p.add_argument("--readers", type=int, default=2, help="processes that read shards; the order of samples depends on them")
-    p.add_argument("--teacher", choices=("minilm", "none"), default="minilm")
+    p.add_argument("--teacher", choices=("words", "minilm", "none"), default="words")
     p.add_argument("--batch-size", type=int, default=128, help="samples per step, of each process")
     p.add_argument("--learning-rate", type=float, default=1e-3)
     p.add_argument("--seed", type=int, default=0)
@@ -180,7 +180,7 @@ class Trainer:
         for index, pictures, captions in self.batches(episode, only=None):
             with torch.no_grad():
                 out = self.model(pictures, self.inputs.tokenize(captions).to(self.state.device))
-            external = {} if self.teacher is None else {"minilm": self.teacher.encode(captions)}
+            external = {} if self.teacher is None else {self.args.teacher: self.teacher.encode(captions)}
             image, text = out["image_features_projected"], out["text_features_projected"]
             collector.update(index, image, text, teacher_features=external)
         self.state.unregister("collector")
@@ -277,12 +277,14 @@ def new_model(args: argparse.Namespace) -> tuple[DualEncoder, Inputs]:
 
 
 def load_teacher(args: argparse.Namespace, stream: StreamEpisodes, run_dir: Path, device: torch.device) -> TeacherAdapter | None:
-    """The external teacher. Its PCA is fitted once, on the first captions of the stream, and kept in the run folder."""
+    """The external teacher. It is fitted once, on the first captions of the stream, and kept in the run folder."""
     if args.teacher == "none":
         return None
     captions = list(islice(read_captions([*stream.episode(0).shards, *stream.shards]), 2000))
     if not captions:
         raise SystemExit(f"--shards must have captions, got none in {len(stream.shards)} shards from {stream.shards[0]} on")
+    if args.teacher == "words":
+        return TeacherAdapter.from_captions(captions, 64, run_dir / "words.npy")
     width = min(64, len(captions))
     return TeacherAdapter.from_encoder(minilm_encoder(device), captions, cache=run_dir / "minilm.npy", dim=width)
 

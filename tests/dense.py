@@ -139,3 +139,17 @@ def info_nce_of_repeats(z_image, z_text, s, ids, repeats):
         return -(logits.log_softmax(1).diagonal() + logits.T.log_softmax(1).diagonal()).mean() / 2
     target = same.double() / same.sum(1, keepdim=True)
     return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+
+
+def mixture_cross_entropy(h, P, labels, s, weights=None, M=None, valid=None, ignore_index=-1):
+    """-1/n sum_i sum_l w_il [s h_i.M[a_il] - logsumexp_j(s h_i.P_j)], w made to sum to 1 over the labels that count"""
+    kept = labels != ignore_index
+    w = (torch.ones(labels.shape) if weights is None else weights).double().where(kept, 0)
+    counts = w.sum(1) > 0
+    if not counts.any():
+        return s * h.double()[:0].sum()
+    w, a, h = (w / w.sum(1, keepdim=True))[counts], labels.clamp(min=0)[counts], h.double()[counts]
+    targets = P if M is None else M
+    logits = s * h @ P.double().T if valid is None else (s * h @ P.double().T).masked_fill(~valid, -torch.inf)
+    positive = s * (h[:, None] * targets.double()[a]).sum(2)
+    return (w * (logits.logsumexp(1, keepdim=True) - positive)).sum() / counts.sum()

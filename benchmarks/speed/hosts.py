@@ -50,7 +50,7 @@ def build(host: str, model: str) -> tuple[Any, Any, Any, Any]:
             add(copy.deepcopy(small)),
             lambda m, b: m(pixel_values=b[0], input_ids=b[1], return_loss=True).loss,
             # In eval mode forward returns what a CLIPModel always returns; the arguments of the loss come from `features`.
-            lambda m, b: m(pixel_values=b[0], input_ids=b[1]) if m.training else m.features(*b, None, None),
+            lambda m, b: m(pixel_values=b[0], input_ids=b[1]) if m.training else m.features(pixel_values=b[0], input_ids=b[1]),
         )
     from protoclip_losses import InfoNCE
 

@@ -50,3 +50,36 @@ def labels_valid(name: str, labels: Tensor, row_mask: Tensor | None, valid: Tens
             f"{name} must not name an invalid prototype with hard targets: {int(wrong.sum())} rows do, the first at position "
             f"{first} (valid[{int(labels[first])}] is False)"
         )
+
+
+def check_labels(name: str, x: Tensor, *, rows: int | None = None, of: str = "") -> Tensor:
+    """Check that ``x`` is int64 (N,) or (N, L), a label or several for each row; return it."""
+    check.integers(name, x[:, 0] if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] else x, length=rows, of=of)
+    return x
+
+
+def mixture_weights(
+    labels: Tensor, weights: Tensor | None, kept: Tensor | None, dtype: torch.dtype, check_values: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights (B, L) of labels (B, L) that sum to 1 over those that are ``kept`` (None: all), and rows (B,) that keep any."""
+    if weights is None:
+        weights = torch.ones(labels.shape, dtype=dtype, device=labels.device)
+    else:
+        check.matrix("label_weights", weights, rows=labels.shape[0], width=labels.shape[1], of=" as labels")
+        check.same_device("label_weights", weights, "labels", labels)
+        if check.values_are_checked(weights, check_values) and weights.numel() and not (0 <= float(weights.min()) < torch.inf):
+            raise ValueError(f"label_weights must not be negative, got {float(weights.min())}")
+        weights = weights.detach().to(dtype)
+    weights = weights if kept is None else weights.where(kept, 0)
+    total = weights.sum(1, keepdim=True)
+    return weights / total.where(total > 0, 1), total[:, 0] > 0
+
+
+def heaviest(labels: Tensor, weights: Tensor) -> Tensor:
+    """The label (B,) of each mixture that has the largest weight, the first among equals."""
+    return labels.gather(1, weights.argmax(1, keepdim=True))[:, 0]
+
+
+def mixed(rows: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Mixtures (B, D) of ``rows`` (K, D) by labels and weights (B, L), in the dtype of the weights; no B x L x D tensor."""
+    return torch.nn.functional.embedding_bag(labels, rows.to(weights.dtype), per_sample_weights=weights, mode="sum")

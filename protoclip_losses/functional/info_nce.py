@@ -82,8 +82,7 @@ def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_
 
 def check_ids(ids: Tensor | None, repeats: str | None, image: Tensor) -> None:
     """Check the ids of a batch, and what is to be done with them."""
-    if repeats not in ("mask", "share", None):
-        raise ValueError(f"repeats must be 'mask', 'share' or None, got {repeats!r}")
+    check_repeats(repeats)
     if ids is not None:
         if repeats is None:
             raise ValueError(
@@ -91,3 +90,9 @@ def check_ids(ids: Tensor | None, repeats: str | None, image: Tensor) -> None:
             )
         check.integers("ids", ids, length=image.shape[0], of=" as image_features has rows")
         check.same_device("ids", ids, "image_features", image)
+
+
+def check_repeats(repeats: str | None) -> None:
+    """Check what pairs of equal ids are to be."""
+    if repeats not in ("mask", "share", None):
+        raise ValueError(f"repeats must be 'mask', 'share' or None, got {repeats!r}")

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import assert_on_device
 from ..kernels.prototype_cross_entropy import label_nll_rows, label_nll_sum
-from ._labels import label_range, labels_valid, labels_within, valid_mask
+from ._labels import check_labels, heaviest, label_range, labels_valid, labels_within, mixed, mixture_weights, valid_mask
 from .soft_targets import base_prototypes
 
 
@@ -17,6 +17,7 @@ def prototype_cross_entropy(
     labels: Tensor,
     logit_scale: Tensor | float,
     *,
+    label_weights: Tensor | None = None,
     targets: Tensor | None = None,
     valid: Tensor | None = None,
     ignore_index: int = -1,
@@ -33,16 +34,19 @@ def prototype_cross_entropy(
     where :math:`h_i` are the student's features, :math:`P` the prototypes in its space, :math:`a_i` the teacher's labels,
     :math:`s` the exponentiated scale and :math:`n` the number of rows that are not ignored. Hard targets are
     :math:`M = P`. With the soft targets :math:`M = Y P` of :func:`soft_targets` this *is* the soft cross-entropy
-    :math:`-\sum_j Y_{a_i j} \log p_{ij}`, exactly, since the student's logits are linear in :math:`h`.
+    :math:`-\sum_j Y_{a_i j} \log p_{ij}`, exactly, since the student's logits are linear in :math:`h`. So is a mixture of
+    several labels, with :math:`\sum_l w_{il} M_{a_{il}}` in the place of :math:`M_{a_i}`.
 
     Args:
         features: (B, D) student features, L2-normalised by the caller. They set the dtype of the products.
         prototypes: (K, D). May require gradient.
-        labels: (B,) int64, the teacher's cluster of each row.
+        labels: (B,) int64, the teacher's cluster of each row; or (B, L), a mixture of several.
+        label_weights: (B, L), not negative, made to sum to 1 over a row's labels that are not ignored; None: equal.
         logit_scale: :math:`s`, already exponentiated: a float, () or (1,). Gradients flow to it.
         targets: (K, D), :math:`M`; None means hard targets. May require gradient.
         valid: (K,) bool; a prototype that is not valid takes no probability mass. None means all are.
-        ignore_index: rows with this label count neither in the sum nor in :math:`n`; with none left the loss is 0.
+        ignore_index: rows with this label count neither in the sum nor in :math:`n`; with none left the loss is 0. Of several
+            labels it leaves out one, and a row with no other.
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"``: the loss of each row, 0 where
             ignored, whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
@@ -72,10 +76,17 @@ def prototype_cross_entropy(
     scale = check.scale("logit_scale", logit_scale, features, check_values)
     check.chunk_rows(chunk_size)
     check.reduction(reduction)
-    base = base_prototypes(safe, valid)
-    delta = None
-    if targets is not None:
-        delta = targets.index_select(0, safe).to(scale.dtype) - prototypes.index_select(0, base).to(scale.dtype)
+    if labels.dim() == 2:
+        weights, row_mask = mixture_weights(labels, label_weights, row_mask, scale.dtype, check_values)
+        base = base_prototypes(heaviest(safe, weights), valid)
+        delta: Tensor | None = mixed(targets if targets is not None else prototypes, safe, weights)
+    else:
+        if label_weights is not None:
+            raise ValueError("label_weights need labels (B, L), several for each row, got labels (B,)")
+        base = base_prototypes(safe, valid)
+        delta = None if targets is None else targets.index_select(0, safe).to(scale.dtype)
+    if delta is not None:
+        delta = delta - prototypes.index_select(0, base).to(scale.dtype)
     inputs = features, prototypes, base, row_mask, scale, delta, valid, chunk_size
     loss = label_nll_rows(*inputs) if reduction == "none" else label_nll_sum(*inputs)[0]
     check_finite_loss(loss, row_mask, check_values, features=features, prototypes=prototypes, targets=targets)
@@ -100,14 +111,14 @@ def check_term(
     check_values: bool | None,
     names: tuple[str, str] = ("features", "prototypes"),
 ) -> tuple[Tensor | None, Tensor]:
-    """Check one term's inputs; return the mask of rows that are not ignored (B,), None if all are known to count, and labels.
+    """Check one term's inputs; return the mask of labels that are not ignored, None if all are known to count, and labels.
 
-    Labels of ignored rows become 0, so that they can be used as an index.
+    Both have the shape of the labels, (B,) or (B, L). Ignored labels become 0, so that they can be used as an index.
     """
     student, columns = names
     check.matrix(student, features)
     check.matrix(columns, prototypes, width=features.shape[1], of=f" as {student}")
-    check.integers("labels", labels, length=features.shape[0], of=f" as {student} has rows")
+    check_labels("labels", labels, rows=features.shape[0], of=f" as {student} has rows")
     valid_mask(valid, prototypes.shape[0])
     for name, x in ((columns, prototypes), ("labels", labels), ("valid", valid)):
         if x is not None:
@@ -127,10 +138,10 @@ def check_term(
     if not labels_within(labels, prototypes.shape[0], ignore_index):
         row_mask = labels != ignore_index
         safe = labels.where(row_mask, 0)
-        label_range("labels", safe, prototypes.shape[0], f" or be ignore_index={ignore_index}")
+        label_range("labels", safe.flatten(), prototypes.shape[0], f" or be ignore_index={ignore_index}")
         row_mask = None if bool(row_mask.all()) else row_mask
     if valid is not None:
-        labels_valid("labels", safe, row_mask, valid, hard)
+        labels_valid("labels", safe.flatten(), None if row_mask is None else row_mask.flatten(), valid, hard)
     return row_mask, safe
 
 

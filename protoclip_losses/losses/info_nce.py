@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
-from ..functional.info_nce import check_ids, check_pairs
+from ..functional.info_nce import check_ids, check_pairs, check_repeats
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
 from .misuse import warn_of_lengths
@@ -68,7 +68,7 @@ class InfoNCE(LossModule):
     ) -> None:
         super().__init__()
         check.chunk_rows(chunk_size)
-        check_ids(None, repeats, torch.empty(0))
+        check_repeats(repeats)
         self.repeats = repeats
         self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
         self.chunk_size, self.check_values = chunk_size, check_values

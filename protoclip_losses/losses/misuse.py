@@ -72,9 +72,9 @@ class UseOfPrototypes:
             self.is_known = True
             for name, (seen, hits) in zip(names, self.sums.T.tolist(), strict=True):
                 by_chance = seen / self.num_prototypes
-                if by_chance >= PER_PROTOTYPE / 2 and hits <= by_chance + 3 * math.sqrt(by_chance):
+                if by_chance >= PER_PROTOTYPE / 2 and hits <= by_chance + 2 * math.sqrt(by_chance):
                     check.warn(
-                        f"{name} is at chance, {hits:.0f} of {seen:.0f} for {self.num_prototypes} prototypes: are image and text "
-                        "swapped, or is index that of another data set? Features that have collapsed look the same",
+                        f"{name} is at chance: are image and text swapped, or is index that of another data set? Features that "
+                        "have collapsed look the same",
                         once=True,
                     )

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import Group, active_group, validate_rows
-from ..functional.info_nce import check_pairs
+from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
 from .misuse import warn_of_lengths, warn_of_one_projection
 from .prototype_holder import PrototypeHolder
+from .relational_distillation import check_distillation, distillation_share
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
 
@@ -28,7 +29,7 @@ class ProtoLoss(PrototypeHolder):
 
     .. math::
         \mathcal{L} = w_\mathrm{clip}\, \mathcal{L}_\mathrm{InfoNCE} + w_\mathrm{proto}\, \mathcal{L}_\mathrm{proto}
-        + \sum_{t} w_t\, \mathcal{L}_t
+        + \sum_{t} w_t\, \mathcal{L}_t + w_\mathrm{distill}\, \mathcal{L}_\mathrm{distill}
 
     where :math:`\mathcal{L}_\mathrm{proto}` is the mean over terms whose teacher is another modality (image from text and text
     from image: the paper's half sum) and :math:`\mathcal{L}_t` the mean over students of the terms of external teacher t. Every
@@ -41,6 +42,10 @@ class ProtoLoss(PrototypeHolder):
         w_clip: weight of InfoNCE.
         w_proto: weight of the internal prototype terms.
         w_external: weight of external teachers: one for all, or a mapping with a weight for each by name.
+        w_distill: weight of relational distillation of the teachers whose ``teacher_features`` are passed, in warm-up too: the
+            mean over teachers and students of :func:`protoclip_losses.functional.relational_distillation`, over all ranks.
+        distill_temperature: of the teachers in it.
+        repeats: what pairs with equal ``ids`` are to each other in InfoNCE, see :class:`InfoNCE`.
         target_temperature: :math:`\tau_y` of internal soft targets; None, 0 or -1 means hard targets.
         external_target_temperature: likewise for external teachers; hard by default, as in the paper's code.
         back_translation: prototypes are back-translated into the student's space; False uses the teacher's centroids, which
@@ -78,6 +83,9 @@ class ProtoLoss(PrototypeHolder):
         w_clip: float = 1.0,
         w_proto: float = 1.0,
         w_external: float | Mapping[str, float] = 1.0,
+        w_distill: float = 0.0,
+        distill_temperature: float = 0.1,
+        repeats: str | None = None,
         target_temperature: float | None = 0.01,
         external_target_temperature: float | None = None,
         back_translation: bool = True,
@@ -87,9 +95,22 @@ class ProtoLoss(PrototypeHolder):
         chunk_size: int | None = None,
         check_values: bool | None = None,
     ) -> None:
-        weights, temperatures = (w_clip, w_proto, w_external), (target_temperature, external_target_temperature)
-        flags, values = (back_translation, normalize_prototypes, gather_with_grad), (chunk_size, check_values)
-        super().__init__(ObjectiveSettings(*weights, *temperatures, *flags, *values), process_group)
+        settings = ObjectiveSettings(
+            w_clip,
+            w_proto,
+            w_external,
+            target_temperature,
+            external_target_temperature,
+            back_translation,
+            normalize_prototypes,
+            gather_with_grad,
+            w_distill,
+            distill_temperature,
+            repeats,
+            chunk_size,
+            check_values,
+        )
+        super().__init__(settings, process_group)
 
     def forward(
         self,
@@ -102,6 +123,7 @@ class ProtoLoss(PrototypeHolder):
         text_features_projected: Tensor | None = None,
         logit_scale_proto: Tensor | float | None = None,
         index: Tensor | None = None,
+        ids: Tensor | None = None,
         teacher_features: Mapping[str, Tensor] | None = None,
         features: Mapping[str, Tensor] = {},
         output_dict: bool = False,
@@ -115,9 +137,12 @@ class ProtoLoss(PrototypeHolder):
             image_features_projected, text_features_projected: (B, D) the heads' outputs, L2-normalised; default the plain ones.
             logit_scale_proto: scale of the prototype terms; default ``logit_scale``.
             index: (B,) int64 sample indices, needed while an episode's prototypes are set; None in online mode.
-            teacher_features: (B, D_E) of external teachers by name, for online mode; an episode's labels come from ``index``.
+            ids: (B,) int64 of captions that repeat; needs ``repeats``.
+            teacher_features: (B, D_E) of external teachers by name, for online mode and distillation; an episode's labels come
+                from ``index``.
             features: projected features of further modalities by name.
-            output_dict: return ``{"contrastive_loss", "proto_loss", "proto_external_loss"}``.
+            output_dict: return ``{"contrastive_loss", "proto_loss", "proto_external_loss"}``, and ``"distillation_loss"`` where
+                ``w_distill`` is given.
 
         Every tensor passed in gets a gradient, an exact zero where a term is absent, so that DDP finds all parameters used.
 
@@ -136,8 +161,14 @@ class ProtoLoss(PrototypeHolder):
 
         def prepare() -> "tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]":  # torch 2.4 cannot trace the type itself
             scale = self._check(image_features, text_features, logit_scale, batch, index)
+            check_ids(ids, self.settings.repeats, image_features)
             source, check_values = self._prototypes, self.settings.check_values
-            labels = {} if source is None else source.labels(batch, index, check_values=check_values)
+            if self.settings.w_distill:
+                check_distillation(batch, proto_scale, self.settings)
+            # Labels of an episode come from the index: teachers are there to be distilled, and need not be clustered.
+            is_distilled_only = self.settings.w_distill and self.needs_episodes
+            own = BatchFeatures(batch.students, {}) if is_distilled_only else batch
+            labels = {} if source is None else source.labels(own, index, check_values=check_values)
             return scale, self._terms.check(batch, proto_scale), labels
 
         (scale, scales, labels), ranks = validate_rows(
@@ -148,6 +179,7 @@ class ProtoLoss(PrototypeHolder):
                 **collective_signature(image_features, text_features, scale=logit_scale),
                 "features": [(name, x.shape[1:]) for name, x in batch.by_name.items()],
                 "settings": self.settings.signature,
+                "ids": ids is not None,
                 **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
             },
         )
@@ -160,15 +192,20 @@ class ProtoLoss(PrototypeHolder):
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
         self.metrics = {}
         if self.settings.w_clip:
-            chunk_size, gather_with_grad = self.settings.chunk_size, self.settings.gather_with_grad
-            share, self.metrics = info_nce_share(image_features, text_features, scale, ranks, chunk_size, gather_with_grad)
+            own_settings = self.settings.chunk_size, self.settings.gather_with_grad, ids, self.settings.repeats
+            share, self.metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
             parts["contrastive_loss"] = self.settings.w_clip * share
+        if self.settings.w_distill:
+            parts["distillation_loss"] = self.settings.w_distill * distillation_share(batch, proto_scale, self.settings, ranks)
         self._terms.add_to(parts, self.metrics, batch, scales, labels, ranks)
         if self._prototypes is not None and torch.is_grad_enabled():
             self._prototypes.observe(batch, labels, ranks)
         given = image_features, text_features, logit_scale, logit_bias, proto_scale, teacher_features, *batch.by_name.values()
         parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
-        return parts if output_dict else parts["contrastive_loss"] + parts["proto_loss"] + parts["proto_external_loss"]
+        if output_dict:
+            return parts
+        total = parts["contrastive_loss"] + parts["proto_loss"] + parts["proto_external_loss"]
+        return total + parts["distillation_loss"] if "distillation_loss" in parts else total
 
     def _check(
         self, image: Tensor, text: Tensor, logit_scale: Tensor | float, batch: BatchFeatures, index: Tensor | None

@@ -85,6 +85,7 @@ class PrototypeLoss(nn.Module):
                 centroids that require gradient.
         """
         hard = self.target_temperature is None
+        check.integers("labels", labels)
         names = "student_features", "student_centroids"
         row_mask, safe = check_term(
             student_features, student_centroids, labels, valid, ignore_index, hard, self.check_values, names

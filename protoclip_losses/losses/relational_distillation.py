@@ -9,8 +9,10 @@ from .. import _checks as check
 from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
 from ..functional.relational_distillation import check_relations, unit_rows
 from ..kernels.relational_distillation import relation_kl_sum
+from ..prototypes.source import BatchFeatures
 from .info_nce import collective_signature, num_rows
 from .module import LossModule
+from .settings import ObjectiveSettings
 
 
 class RelationalDistillation(LossModule):
@@ -91,6 +93,26 @@ def relation_share(
         total = relation_kl_sum(features, teacher, scale, known, slice(0, len(features)), temperature, chunk_size)
         return total / known.sum().clamp(min=1)
     return cast(Tensor, _share_over_ranks(features, teacher, scale, known, temperature, ranks, chunk_size))
+
+
+def check_distillation(batch: BatchFeatures, logit_scale: Tensor | float, settings: ObjectiveSettings) -> None:
+    """Check the teachers' features of a batch, against each student's."""
+    if not batch.teachers:
+        raise ValueError("teacher_features must be given while w_distill is: they are what is distilled")
+    for name, teacher in batch.teachers.items():
+        for h in batch.students.values():
+            check.matrix(f"teacher_features[{name!r}]", teacher, rows=h.shape[0], of=" as image_features")
+            check_relations(h, teacher, logit_scale, settings.distill_temperature, settings.check_values)
+
+
+def distillation_share(batch: BatchFeatures, logit_scale: Tensor | float, settings: ObjectiveSettings, ranks: RankRows) -> Tensor:
+    """This rank's share of the mean over teachers and students. Inputs have been checked."""
+    shares = []
+    for teacher in batch.teachers.values():
+        for h in batch.students.values():
+            scale = check.scale("logit_scale_proto", logit_scale, h, False)
+            shares.append(relation_share(h, teacher, scale, settings.distill_temperature, ranks, settings.chunk_size))
+    return torch.stack(shares).mean()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives of a kernel have no place in a traced graph

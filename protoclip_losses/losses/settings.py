@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from .. import _checks as check
+from ..functional.info_nce import check_repeats
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,23 @@ class ObjectiveSettings:
     back_translation: bool
     normalize_prototypes: bool
     gather_with_grad: bool
+    w_distill: float
+    distill_temperature: float
+    repeats: str | None
     chunk_size: int | None
     check_values: bool | None
 
     def __post_init__(self) -> None:
         external = self.w_external
-        weights = {"w_clip": self.w_clip, "w_proto": self.w_proto}
+        weights = {"w_clip": self.w_clip, "w_proto": self.w_proto, "w_distill": self.w_distill}
         weights |= (
             {f"w_external[{k!r}]": v for k, v in external.items()} if isinstance(external, Mapping) else {"w_external": external}
         )
         for name, weight in weights.items():
             check.weight(name, weight)
         check.chunk_rows(self.chunk_size)
+        check.temperature("distill_temperature", self.distill_temperature)
+        check_repeats(self.repeats)
         for name in ("target_temperature", "external_target_temperature"):
             object.__setattr__(self, name, check.optional_temperature(name, getattr(self, name)))
 

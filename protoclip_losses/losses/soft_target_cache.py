@@ -38,14 +38,18 @@ class SoftTargetCache:
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         """The rows (B, D) of these labels (B,)."""
+        return self.with_rows(student, teacher, labels, valid).index_select(0, labels)
+
+    def with_rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
+        """All rows (K, D), of which those of these labels, of any shape, are computed."""
         if self.num_missing and is_transformed():  # what is computed under torch.func cannot be kept
-            return every_target(student, teacher, self.temperature, valid).index_select(0, labels)
+            return every_target(student, teacher, self.temperature, valid)
         if self.num_missing:
             wanted = torch.unique(labels[self.missing[labels]])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
-        return self.values.index_select(0, labels)
+        return self.values
 
     def fill(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
         """Compute all rows now, so that no step has to."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import RankRows
+from ..functional._labels import heaviest, mixed, mixture_weights
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
 from .misuse import UseOfPrototypes
@@ -50,8 +51,17 @@ class WeightedTerm:
             self.targets.fill(self.prototypes, self.centroids, self.valid)
 
     def target_delta(self, labels: Tensor) -> Tensor | None:
-        """M - P of these labels; None for hard targets."""
+        """M - P of these labels (B,); None for hard targets."""
         return None if self.targets is None else self.targets.rows(self.prototypes, self.centroids, labels, self.valid)
+
+    def mixture(self, labels: Tensor, kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first label (B,) of each mixture of labels (B, L) that are ``kept``, and the mixture of M less its P."""
+        weights, _ = mixture_weights(labels, None, kept, dtype)
+        first = heaviest(labels, weights)
+        delta = mixed(self.prototypes, labels, weights) - self.prototypes.index_select(0, first).to(dtype)
+        if self.targets is not None:
+            delta += mixed(self.targets.with_rows(self.prototypes, self.centroids, labels, self.valid), labels, weights)
+        return first, delta
 
     def usable(self, labels: Tensor) -> Tensor:
         """Labels, with -1 instead of those of prototypes that are not valid.
@@ -151,13 +161,19 @@ class WeightedTerms:
         if not self.terms:
             return
         usable = [term.usable(labels[term.teacher]) for term in self.terms]
-        row_masks = [x != -1 for x in usable]
+        masks = [x != -1 for x in usable]
+        row_masks = [mask if mask.dim() == 1 else mask.any(1) for mask in masks]
         own_counts = torch.stack([mask.sum() for mask in row_masks])
         counts = ranks.sum(own_counts).clamp(min=1)
         hits = []
         for i, term in enumerate(self.terms):
-            safe = usable[i].where(row_masks[i], 0)
-            h, scale, delta = batch.students[term.student], scales[term.student], term.target_delta(safe)
+            safe = usable[i].where(masks[i], 0)
+            h, scale = batch.students[term.student], scales[term.student]
+            delta: Tensor | None
+            if safe.dim() == 2:
+                safe, delta = term.mixture(safe, masks[i], scale.dtype)
+            else:
+                delta = term.target_delta(safe)
             total, correct = label_nll_sum(
                 h,
                 term.prototypes,

@@ -22,9 +22,6 @@ from .source import Clustering, PrototypeTerm, nearest_label, several_labels
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
 
-Fixed = Clustering | KMeansResult  # a teacher that was clustered over the whole data set
-FIXED = (Clustering, KMeansResult)
-
 
 class EpisodicClusterer:
     r"""Builds the :class:`Prototypes` of an episode: K-means of each teacher's features, back translation for each student.
@@ -131,7 +128,8 @@ class EpisodicClusterer:
     def build(
         self,
         bank: FeatureBank,
-        teachers: "Sequence[TeacherAdapter | Fixed] | Mapping[str, TeacherAdapter | Fixed]" = (),
+        teachers: "Sequence[TeacherAdapter | Clustering | KMeansResult]\
+            | Mapping[str, TeacherAdapter | Clustering | KMeansResult]" = (),
         *,
         internal: bool = True,
         index: Tensor | None = None,
@@ -164,7 +162,7 @@ class EpisodicClusterer:
         start = time.perf_counter()
         group = active_group(self.process_group)
         named = dict(teachers) if isinstance(teachers, Mapping) else {f"teacher{i}": t for i, t in enumerate(teachers)}
-        external = {name: clustering_of(name, t) if isinstance(t, FIXED) else t for name, t in named.items()}
+        external = {name: clustering_of(name, t) if isinstance(t, (Clustering, KMeansResult)) else t for name, t in named.items()}
         features, ranks = modalities(bank, group)
         wanted = [*(features if internal else ()), *external]
         sources = validate_on_all_ranks(

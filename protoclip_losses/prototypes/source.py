@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import RankRows
-from ..functional._labels import label_range, valid_mask
+from ..functional._labels import check_labels, label_range, valid_mask
 
 Pair = tuple[str, str]  # (student, teacher)
 
@@ -44,12 +44,6 @@ class Clustering:
     def to(self, device: torch.device | str) -> "Clustering":
         """The same on another device."""
         return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
-
-
-def check_labels(name: str, x: Tensor, *, rows: int | None = None, of: str = "") -> Tensor:
-    """Check that ``x`` is int64 (N,) or (N, L), a label or several for each row; return it."""
-    check.integers(name, x[:, 0] if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] else x, length=rows, of=of)
-    return x
 
 
 def nearest_label(labels: Tensor) -> Tensor:

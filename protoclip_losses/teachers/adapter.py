@@ -158,7 +158,7 @@ class TeacherAdapter:
         progress: bool | None = None,
         process_group: Group | bool | None = None,
     ) -> "TeacherAdapter":
-        """The captions' own words as the teacher, without any model: TF-IDF and a truncated SVD, see :class:`WordEncoder`.
+        """The captions' own words, without any model: features of :class:`~protoclip_losses.teachers.WordEncoder`.
 
         A caption of which no word is known has a row of zeros, and gets no label. Under torch.distributed every rank passes
         all captions; the first fits and encodes, the others get the same rows. Needs scikit-learn.

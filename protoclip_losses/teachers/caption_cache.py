@@ -22,7 +22,7 @@ from ..distributed import Group, rank, validate_on_all_ranks
 from .cache_record import REMEDY, Record, find_record, is_of_0_6, strings_digest
 from .files import companion, locked, naming, open_rows, reserve, write_atomically
 
-Encode = Callable[[list[str]], "Tensor | np.ndarray[Any, Any]"]
+Encode = Callable[[list[str]], Tensor | np.ndarray[Any, Any]]
 SAME_ENCODER = 0.05  # largest distance of two encodings of a caption, relative to their length; bfloat16 gives about 0.01
 
 

@@ -33,9 +33,9 @@ class WordEncoder:
     where :math:`n_{iw}` counts word w in caption i, :math:`N_w` of the N captions have it, and V (words, dim) holds the right
     singular vectors of X. A caption of which the components hold nothing, as none of its words is known, is a row of zeros.
 
-    **Use it when:** captions that reach a process one by one need the features of :meth:`TeacherAdapter.from_captions`.
-    **Not when:** all captions are there: ``from_captions`` makes one, and the features of every sample with it.
-    **Related:** :class:`~protoclip_losses.TeacherAdapter`.
+    **Use it when:** captions reach a process one by one.
+    **Not when:** all are there: :meth:`~protoclip_losses.TeacherAdapter.from_captions` has the features of every sample.
+    **Related:** :func:`words`, the words that are counted.
 
     Args:
         vocabulary: W words, in the order of the other two.

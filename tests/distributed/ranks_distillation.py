@@ -6,7 +6,7 @@ from cases import assert_near, leaf, unit
 from rank_cases import rank_case
 from ranks import SHARES, everyone, own_rows, raises_everywhere
 
-from protoclip_losses import RelationalDistillation
+from protoclip_losses import ProtoLoss, RelationalDistillation
 
 TEACHER = unit(sum(SHARES), 7, 2)
 TEACHER[::4] = 0
@@ -35,3 +35,19 @@ def bad_distillation_on_one_rank_raises_on_all(rank, world_size, folder):
     wrong = teacher[:-1] if rank == world_size - 1 else teacher
     loss, features = RelationalDistillation(), FEATURES[own_rows(rank)]
     raises_everywhere(lambda: loss(features, wrong, 9.0), world_size - 1, ValueError, "teacher_features must have")
+
+
+@rank_case(world_sizes=(2, 4))
+def the_share_of_distillation_in_the_objective_is_exact(rank, world_size, folder):
+    total, rows = sum(SHARES[:world_size]), own_rows(rank)
+    whole = [leaf(unit(total, 5, seed)) for seed in (3, 4)]
+    wanted = sum(dense.relational_distillation(h, TEACHER[:total], 9.0, 0.1) for h in whole) / 2
+    wanted.backward()
+    loss = ProtoLoss(w_clip=0.0, w_distill=1.0)
+    loss.set_prototypes(None)
+    own = [leaf(x[rows]) for x in whole]
+    share = loss(*own, 9.0, teacher_features={"t": TEACHER[rows]})
+    share.backward()
+    assert_near(everyone(share).mean(), wanted)
+    for x, h in zip(own, whole, strict=True):
+        assert_near(x.grad / world_size, h.grad[rows])

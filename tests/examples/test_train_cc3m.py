@@ -74,7 +74,13 @@ def test_embedded_pairs_end_to_end(tmp_path: Path) -> None:
     rows = check_run_folder(tmp_path, WITH_LABELS)
     assert rows["trained, protoclip"]["zero_shot_group"] > rows["random encoder"]["zero_shot_group"] + 0.1
     assert (tmp_path / "table.txt").read_text().strip() in written
-    for shown in ("extraction", "clustering 1,024 pairs into 102 prototypes by image, text, minilm", "training", "batch/s"):
+    for shown in (
+        "extraction",
+        "clustering 3,094 pairs by words, once",
+        "clustering 1,024 pairs into 102 prototypes by image, text",
+        "training",
+        "batch/s",
+    ):
         assert shown in written
     kinds = {(r["proto_loss"] > 0, r["proto_external_loss"] > 0, r["episode"]) for r in records(tmp_path)}
     assert kinds == {(False, False, 0), (True, True, 1), (True, True, 2), (False, False, 3)}
@@ -129,6 +135,55 @@ def test_killed_in_each_stage_and_at_random_it_ends_with_the_same_weights(table:
         # What was done again after a kill is logged again, at the same step.
         assert sorted({step for step, _ in scalars(killed, f"episode/{stage}_seconds")}) == steps
     assert json.loads((whole / "table.json").read_text()) == json.loads((killed / "table.json").read_text())
+
+
+REUSE = ["--teacher", "words", "--teacher-width", "8", "--features", "training", "--weight-proto", "0"]
+REUSE += ["--external-target-temperature", "0.1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param((), id="one process"), pytest.param(TORCHRUN, id="two processes", marks=pytest.mark.distributed)],
+)
+def test_features_of_training_reused_stopped_and_killed_it_ends_with_the_same_weights(
+    launcher: tuple[str, ...], table: str, tmp_path: Path
+) -> None:
+    """Episodes of a part of the pairs: prototypes are of the episode before, labels of this one's samples."""
+    arguments = ["--train-data", table, *TINY, *REUSE, "--labels-per-sample", "2", "--weight-distill", "0.5"]
+    arguments += ["--batch-size", "8", "--episode-size", "120", "--episodes", "5", "--lit-episodes", "0", "--save-every", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    written = run(*arguments, "--run-dir", str(whole), launcher=launcher)
+    assert "extraction" not in written
+    interruptions = [
+        ("episode 1/5 training: +[2-9][0-9]%", signal.SIGKILL),  # in warm-up, features are collected
+        ("episode 2/5 training: +[1-9]", signal.SIGTERM),
+        ("episode 4/5 training: +[1-9]", signal.SIGKILL),
+    ]
+    for number, (pattern, kind) in enumerate(interruptions):
+        resume = ["--resume"] if number else arguments
+        how: dict[str, Any] = {"launcher": launcher, "status": 1} if launcher else {}
+        run_until(pattern, signal.SIGTERM if launcher else kind, 0.0, *resume, "--run-dir", str(killed), **how)
+        assert last_state(killed)["progress"]["step"] < last_state(whole)["progress"]["step"]
+    run("--run-dir", str(killed), "--resume", launcher=launcher)
+    assert_same_end(whole, killed)
+    used = {(r["proto_external_loss"] > 0, r["distillation_loss"] > 0) for r in records(whole) if r["episode"] > 0}
+    assert used == {(True, True)}
+    assert {r["proto_external_loss"] for r in records(whole) if r["episode"] == 0} == {0.0}
+
+
+def test_several_teachers_and_what_cannot_go_together(table: str, tmp_path: Path) -> None:
+    two = ["--train-data", table, *TINY, "--episodes", "3", "--teacher", "words", "minilm", "--teacher-width", "8"]
+    written = run(*two, "--teacher-clusters", "episode", "--run-dir", str(tmp_path / "two"))
+    assert "by image, text, words, minilm" in written
+    for arguments, status, message in (
+        (["--teacher", "none", "words"], 2, "--teacher must be none or name teachers, got none words"),
+        (["--teacher", "words", "words"], 1, "--teacher must name each teacher once"),
+        (["--features", "training"], 2, "--features training needs teachers that are clustered once"),
+        (["--labels-per-sample", "9999"], 1, "--labels-per-sample must be at most"),
+    ):
+        written = run(*two[:2], *TINY, *arguments, "--run-dir", str(tmp_path / f"bad{arguments}"), status=status)
+        assert message in " ".join(written.split())
 
 
 ONLINE = ["--method", "online", "--queue-size", "60", "--renew-every", "3", "--lit-episodes", "0"]
@@ -246,7 +301,7 @@ def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) 
         (["--queue-size", "5"], "--queue-size must be at least the 6 prototypes, got 5"),
         (["--episode-size", "9999"], "--episode-size must be at most the .* training pairs, got 9999"),
         (["--batch-size", "9999"], "--batch-size must be at most the .* pairs of an episode, got 9999"),
-        (["--teacher", "nowhere.npy"], "--teacher must be minilm, none, or an existing .npy file, got nowhere.npy"),
+        (["--teacher", "nowhere.npy"], "--teacher must be words, minilm, none, or an existing .npy file, got nowhere.npy"),
         (["--model", "RN50"], "pip install open_clip_torch|train"),
         (["--precision", "fp16", "--device", "cpu"], "needs a GPU"),
         (["--resume"], "is not the folder of a run"),

@@ -12,34 +12,21 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from cases import assert_near
+from hf_trainer import Recorded, trainer, weights
 from host_pairs import PicturePairs
 from host_transformers import small_model
-from safetensors.torch import load_file
-from transformers import CLIPModel, Trainer, TrainingArguments, default_data_collator
+from transformers import CLIPModel, Trainer, default_data_collator
 
 from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, TeacherAdapter
-from protoclip_losses.integrations.transformers import ProtoCLIPTrainer, add_heads
+from protoclip_losses.integrations.transformers import add_heads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = 44
-HEADS = {"dim": 8, "hidden_dim": 16, "norm": "layer"}
 
 
 @pytest.fixture(scope="module")
 def pairs():
     return PicturePairs(ROWS)
-
-
-def trainer(folder, pairs, cls=ProtoCLIPTrainer, data=None, arguments=(), **more):
-    fixed = {"num_train_epochs": 2, "per_device_train_batch_size": 11, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 3}
-    args = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **{**fixed, **dict(arguments)})
-    if cls is ProtoCLIPTrainer:
-        more = {"heads": HEADS, "num_prototypes": 4, **more}
-    return cls(model=small_model(), args=args, train_dataset=pairs, **more)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 def assert_same_weights(one, other, tolerance=None):
@@ -49,19 +36,6 @@ def assert_same_weights(one, other, tolerance=None):
             assert torch.equal(one[name], other[name]), name
         else:
             assert_near(one[name], other[name], tolerance)
-
-
-class Recorded(ProtoLoss):
-    """ProtoLoss that remembers what it was called with."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.calls = []
-
-    def forward(self, *args, index=None, **kwargs):
-        parts = super().forward(*args, index=index, **{**kwargs, "output_dict": True})
-        self.calls.append((index.tolist(), {name: float(x.detach()) for name, x in parts.items()}))
-        return sum(parts.values())
 
 
 def test_the_first_epoch_is_warm_up_and_the_next_has_prototypes(tmp_path, pairs):
@@ -191,7 +165,7 @@ def test_the_scale_is_clamped_after_a_step(tmp_path, pairs):
 
 
 def test_what_cannot_work_is_an_error(tmp_path, pairs):
-    with pytest.raises(TypeError, match="model must be a CLIPModel, got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a dual encoder such as CLIPModel, .* got Linear without"):
         add_heads(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="train_dataset must have a length and be read by number, got generator"):
         trainer(tmp_path, (x for x in pairs))

@@ -123,7 +123,13 @@ TABLE = {
     "labels a list": (lambda: cross_entropy(labels=[0] * 6), TypeError, "labels", "Tensor", "list"),
     "labels int32": (lambda: cross_entropy(labels=A.int()), TypeError, "labels", "int64", "int32"),
     "labels float": (lambda: cross_entropy(labels=A.double()), TypeError, "labels", "int64", "float64"),
-    "labels of two dimensions": (lambda: cross_entropy(labels=A[:, None]), ValueError, "labels", "1 dimension", "(6, 1)"),
+    "labels of three dimensions": (
+        lambda: cross_entropy(labels=A[:, None, None]),
+        ValueError,
+        "labels",
+        "1 dimension",
+        "(6, 1, 1)",
+    ),
     "fewer labels than features": (lambda: cross_entropy(labels=A[:5]), ValueError, "labels", "6 entries", "features", "5"),
     "label of K": (
         lambda: cross_entropy(labels=at(A, 2, 4)),

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from protoclip_losses.prototypes.extra_state import unpack
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TIME_LIMIT = 240
@@ -79,10 +81,10 @@ def last_state(run_dir: Path, part: str = "shared") -> dict[str, Any]:
 
 
 def loss_states(run_dir: Path) -> list[dict[str, Any]]:
-    """What is saved of the loss: once, or in online mode by each rank."""
+    """What is saved of the loss: once, or in online mode by each rank; its extra state unpacked."""
     pointer = json.loads((run_dir / "checkpoint.json").read_text())
     states = [last_state(run_dir, part) for part in ("shared", *(f"rank{rank}" for rank in range(pointer["world_size"])))]
-    return [state["loss"] for state in states if "loss" in state]
+    return [{"_extra_state": unpack(state["loss"]["_extra_state"])} for state in states if "loss" in state]
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:

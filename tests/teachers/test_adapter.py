@@ -376,7 +376,7 @@ def test_an_encoder_is_run_over_every_caption_once_and_in_order(tmp_path, batch_
     assert encode.seen == CAPTIONS
     assert max(map(len, encode.calls)) == min(batch_size, len(CAPTIONS))
     assert len(teacher) == len(CAPTIONS)
-    assert isinstance(teacher._rows, np.memmap)
+    assert isinstance(teacher._rows.stored, np.memmap)
     with torch.no_grad():
         wanted = F.normalize(TextEncoder()(CAPTIONS).half().float(), dim=1)
     assert torch.equal(teacher[EVERY], wanted)
