@@ -19,9 +19,9 @@ def shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def values_are_checked(like: Tensor, check_values: bool | None) -> bool:
-    """Whether this call reads tensor *values* to check them: by default where it is free."""
-    return may_read_values(like) if check_values is None else check_values
+def values_are_checked(like: Tensor, check_values: bool | None, *others: Tensor | None) -> bool:
+    """Whether this call reads the *values* of these tensors to check them: by default where it is free."""
+    return may_read_values(like, *(x for x in others if x is not None)) if check_values is None else check_values
 
 
 def matrix(name: str, x: Tensor, *, rows: int | None = None, width: int | None = None, of: str = "") -> None:
@@ -126,7 +126,7 @@ def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | N
         tensor = torch.full((), float(value), dtype=dtype, device=like.device)
     else:
         raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
-    if values_are_checked(like, check_values):
+    if values_are_checked(like, check_values, tensor):
         if not math.isfinite(number := float(tensor.detach())):
             raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {number}")
         if number <= 0:

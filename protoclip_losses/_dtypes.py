@@ -17,12 +17,34 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def may_read_values(x: Tensor) -> bool:
-    """Whether values can be read for free: an accelerator would be waited for, and graphs and vmap have none."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
+def is_transformed() -> bool:
+    """Whether this runs under a transform of torch.func."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether this stands for the many tensors that vmap runs a function on: none of them has a value that can be read."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
-            return False
+            return True
         x = torch._C._functorch.get_unwrapped(x)
-    return True
+    return False
+
+
+def without_transforms(x: Tensor) -> Tensor:
+    """The tensor that transforms of torch.func have wrapped; of a batched one, those of all samples."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def may_read_values(*tensors: Tensor) -> bool:
+    """Whether values can be read for free: an accelerator would be waited for, and graphs and vmap have none."""
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in tensors):
+        return False
+    return not (is_transformed() and any(is_batched(x) for x in tensors))
+
+
+def assert_on_device(good: Tensor) -> None:
+    """Raise RuntimeError if an entry is False: an accelerator raises when it gets there, and is not waited for."""
+    torch._assert_async((without_transforms(good) if is_transformed() else good).all())

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import accumulation_dtype, sum_dtype
+from .._dtypes import accumulation_dtype, assert_on_device, sum_dtype
 from ._labels import label_range
 
-BLOCK_ROWS = 2**16  # rows that are copied to the dtype of sums at a time
+BAG_ROWS = 32  # rows that are added in float32, one after the other
 
 
 def back_translate(
@@ -59,23 +59,41 @@ def segment_mean(sums: Tensor, counts: Tensor) -> Tensor:
 def segment_sum(
     labels: Tensor, features: Tensor, num_prototypes: int, *, check_values: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum (K, D) of the features of each label, in the device's sum dtype, and their number (K,); label -1 is left out."""
+    """Sum (K, D) of the features of each label, and their number (K,); label -1 is left out.
+
+    A float32 sum of n rows one after the other can be off by n roundings. Here it is one of BAG_ROWS rows at most, and such
+    sums are added in float64, or on MPS again as sums of so many.
+    """
     check.positive_int("num_prototypes", num_prototypes)
     check.matrix("features", features)
     check.integers("labels", labels, length=features.shape[0], of=" as features has rows")
     check.same_device("labels", labels, "features", features)
-    if check.values_are_checked(features, check_values):
+    if check.values_are_checked(features, check_values, labels):
         ignored = labels == -1
         label_range("labels", labels.where(~ignored, 0), num_prototypes, " or be -1")
         check.finite("features", features[~ignored] if bool(ignored.any()) else features)
     else:
-        torch._assert_async(((labels >= -1) & (labels < num_prototypes)).all())
-    sums = torch.zeros((num_prototypes, features.shape[1]), dtype=sum_dtype(features.device), device=features.device)
-    counts = torch.zeros(num_prototypes, dtype=torch.int64, device=features.device)
-    for start in range(0, max(1, len(labels)), BLOCK_ROWS):
-        own, x = labels[start : start + BLOCK_ROWS], features.detach()[start : start + BLOCK_ROWS].to(sums.dtype)
-        # Samples sorted by label are bags of rows, and a bag is summed in order. Bag 0 holds the samples that are left out.
-        sizes = torch.bincount(own + 1, minlength=num_prototypes + 1)
-        bags = torch.nn.functional.embedding_bag(own.argsort(stable=True), x, sizes.cumsum(0) - sizes, mode="sum")
-        sums, counts = sums + bags[1:], counts + sizes[1:]
-    return sums, counts
+        assert_on_device((labels >= -1) & (labels < num_prototypes))
+    wide = torch.float64 if features.dtype == torch.float64 else sum_dtype(features.device)
+    x, order = features.detach().to(accumulation_dtype(features.dtype)), labels.argsort(stable=True)
+    counts = sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)  # label 0 stands for the rows that are left out
+    while x.dtype != torch.float64 and bool((sizes > BAG_ROWS).any()):
+        x, sizes = _sums_of_bags(x, order, sizes)
+        x, order = x.to(wide), torch.arange(len(x), device=x.device)
+    sums = torch.nn.functional.embedding_bag(order, x, sizes.cumsum(0) - sizes, mode="sum")
+    return sums[1:], counts[1:]
+
+
+def _sums_of_bags(x: Tensor, order: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of at most BAG_ROWS successive rows of each label, and how many such sums each label has, (K + 1,).
+
+    Args:
+        x: (n, D).
+        order: (n,), the rows sorted by label.
+        sizes: (K + 1,), how many rows each label has.
+    """
+    bags = (sizes + (BAG_ROWS - 1)) // BAG_ROWS
+    label = torch.arange(len(sizes), device=x.device).repeat_interleave(bags)
+    number = torch.arange(len(label), device=x.device) - (bags.cumsum(0) - bags)[label]
+    starts = (sizes.cumsum(0) - sizes)[label] + BAG_ROWS * number
+    return torch.nn.functional.embedding_bag(order, x, starts, mode="sum"), bags

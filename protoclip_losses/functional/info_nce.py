@@ -74,7 +74,7 @@ def check_pairs(image: Tensor, text: Tensor, logit_scale: Tensor | float, check_
     if image.shape[0] == 0:
         raise ValueError(f"image_features must have at least one row, got shape {check.shape(image)}")
     scale = check.scale("logit_scale", logit_scale, image, check_values)
-    if check.values_are_checked(image, check_values):
+    if check.values_are_checked(image, check_values, text):
         check.finite("image_features", image)
         check.finite("text_features", text)
     return scale

@@ -2,10 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import assert_on_device
 from ..kernels.prototype_cross_entropy import label_nll_rows, label_nll_sum
 from ._labels import check_labels, heaviest, label_range, labels_valid, labels_within, mixed, mixture_weights, valid_mask
 from .soft_targets import base_prototypes
@@ -125,13 +125,13 @@ def check_term(
             check.same_device(name, x, student, features)
     if prototypes.shape[0] == 0:
         raise ValueError(f"{columns} must have at least one row, got shape {check.shape(prototypes)}")
-    if not check.values_are_checked(features, check_values):
+    if not check.values_are_checked(features, check_values, prototypes, labels, valid):
         counted = labels != ignore_index
         safe = labels.where(counted, 0)
         good = (safe >= 0) & (safe < prototypes.shape[0])
         if valid is not None and hard:
             good &= valid[safe.clamp(0, prototypes.shape[0] - 1)] | ~counted
-        torch._assert_async(good.all())  # on the device, without waiting for it
+        assert_on_device(good)
         return counted, safe
     row_mask: Tensor | None = None
     safe = labels
@@ -152,7 +152,7 @@ def check_finite_loss(loss: Tensor, row_mask: Tensor | None, check_values: bool 
     """
     features = next(iter(inputs.values()))
     assert features is not None
-    if check.values_are_checked(features, check_values) and not math.isfinite(float(loss.detach().sum())):
+    if check.values_are_checked(loss, check_values) and not math.isfinite(float(loss.detach().sum())):
         for name, x in inputs.items():
             if x is not None:
                 check.finite(name, x[row_mask] if x is features and row_mask is not None else x)

@@ -75,7 +75,7 @@ def check_relations(
     check.matrix("teacher_features", teacher_features, rows=features.shape[0], of=" as features")
     check.same_device("teacher_features", teacher_features, "features", features)
     scale = check.scale("logit_scale", logit_scale, features, check_values)
-    if check.values_are_checked(features, check_values):
+    if check.values_are_checked(features, check_values, teacher_features):
         check.finite("features", features)
         check.finite("teacher_features", teacher_features)
     return scale, check.temperature("temperature", temperature)

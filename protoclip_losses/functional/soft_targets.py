@@ -80,7 +80,7 @@ def soft_target_rows(
         base = base_prototypes(labels, valid)[:, None]
         rows = columns.new_empty((labels.shape[0], columns.shape[1]))
         step = rows_per_block(keys.shape[0], dtype, None)
-        blocks = LogitBlocks(keys, keys.new_tensor(1 / temperature), min(step, labels.shape[0]))
+        blocks = LogitBlocks(keys, torch.full((), 1 / temperature, dtype=dtype, device=keys.device), min(step, labels.shape[0]))
         for start in range(0, labels.shape[0], step):
             block = slice(start, start + step)
             logits = blocks(centroids[labels[block]])

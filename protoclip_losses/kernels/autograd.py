@@ -1,4 +1,4 @@
-"""How the kernels take part in autograd and in torch.compile."""
+"""How the kernels take part in autograd, in torch.func and in torch.compile."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,11 +6,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.checkpoint import checkpoint
 
+from .._dtypes import is_transformed
 
-class _Function(torch.autograd.Function):
-    """A function that transforms of torch.func can differentiate, and vmap by running it on each sample."""
+
+class Precomputed(torch.autograd.Function):
+    """``(total, correct)`` of a kernel that returns them together with the gradients of its first three inputs.
+
+    The gradients are constants by the time backward asks for them: it only multiplies them by the incoming one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, kernel: Callable[..., Sequence[Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+        total, correct, *gradients = kernel(*inputs)
+        ctx.save_for_backward(*gradients, *(x for x in inputs[:3] if x.requires_grad))
+        ctx.name, ctx.dtypes, ctx.num_others = name, [x.dtype for x in inputs[:3]], len(inputs) - 3
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients, inputs = saved[:3], saved[3:]
+        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:5], strict=True)
+        results = [(g * grad).to(dtype) if needed else None for g, dtype, needed in wanted]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            results = [None if g is None else _NotTwice.apply(ctx.name, g, *inputs) for g in results]  # type: ignore[no-untyped-call]
+        return None, None, *results, *[None] * ctx.num_others
+
+
+class _KeepInGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        return grad, *zeros
+
+
+class _Transformed(torch.autograd.Function):
+    """A function in the form that torch.func needs, which vmap runs on each sample.
+
+    Without torch.func the form above is used: in this one torch reads the signature in each call, which takes a fifth of a small
+    step, and torch.compile traces no ``jvp``.
+    """
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -23,11 +67,8 @@ class _Function(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-class Precomputed(_Function):
-    """``(total, correct, *gradients)`` of a kernel that computes the gradients of its first three inputs with them.
-
-    The gradients are constants by the time backward asks for them: it only multiplies them by the incoming one.
-    """
+class _TransformedPrecomputed(_Transformed):
+    """:class:`Precomputed` with the gradients among its outputs: what is saved must be an input or an output."""
 
     @staticmethod
     def forward(name: str, kernel: Callable[..., Sequence[Tensor]], *inputs: Any) -> tuple[Tensor, ...]:
@@ -39,27 +80,15 @@ class Precomputed(_Function):
         ctx.save_for_backward(*output[2:], *(x for x in rest[:3] if x.requires_grad))
         ctx.name, ctx.dtypes, ctx.num_others = name, [x.dtype for x in rest[:3]], len(rest) - 3
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+
+    backward = staticmethod(Precomputed.backward)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * (5 + int(ctx.num_others))
-        saved = ctx.saved_tensors
-        gradients, inputs = saved[:3], saved[3:]
-        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:5], strict=True)
-        results: list[Tensor | None] = [(g * grad).to(dtype) if needed else None for g, dtype, needed in wanted]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            results = [g if g is None else _once(ctx.name, g, *inputs) for g in results]
-        return None, None, *results, *[None] * ctx.num_others
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise _no_forward_mode(ctx.name)
 
 
-def _once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
-    result: Tensor = _NotTwice.apply(name, gradient, *inputs)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _NotTwice(_Function):
+class _NotTwice(_Transformed):
     """A gradient that raises when it is differentiated: as a constant it would silently drop terms."""
 
     @staticmethod
@@ -72,28 +101,11 @@ class _NotTwice(_Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
-        raise NotImplementedError(f"{ctx.name} cannot be differentiated twice: its gradient is computed as a constant")
+        raise NotImplementedError(
+            f"{ctx.name} cannot be differentiated twice: its gradient is computed as a constant, that of reduction='none' is not"
+        )
 
-
-def run(name: str, kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """Run the kernel of a public function under autograd: directly in eager mode, as an opaque operator in a traced graph."""
-    chosen = operator if torch.compiler.is_compiling() else kernel
-    if is_transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])):
-        total, correct, *_ = Precomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
-    else:  # the tracer of torch.compile does not know such a function without gradients
-        total, correct, *_ = chosen(*inputs)
-    return total, correct
-
-
-def recomputed_blocks(function: Callable[[slice], Tensor], rows: int, chunk: int) -> Tensor:
-    """``function`` of each block of ``rows``, (rows,). Autograd keeps nothing of a block: backward computes it again."""
-    if is_transformed():  # torch.func knows no checkpoints
-        return torch.cat([function(slice(start, min(start + chunk, rows))) for start in range(0, rows, chunk)])
-    parts = []
-    for start in range(0, rows, chunk):
-        block = slice(start, min(start + chunk, rows))
-        parts.append(checkpoint(function, block, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(parts)
+    jvp = staticmethod(_TransformedPrecomputed.jvp)
 
 
 @contextmanager
@@ -108,12 +120,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch.utils.module_tracker asks
 
 
-def is_transformed() -> bool:
-    """Whether this runs under a transform of torch.func."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-class _KeepInGraph(_Function):
+class _TransformedKeepInGraph(_Transformed):
     @staticmethod
     def forward(value: Tensor, *inputs: Tensor) -> Tensor:
         return value.clone()
@@ -122,10 +129,37 @@ class _KeepInGraph(_Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.like = [(x.shape, x.dtype, x.device) for x in inputs[1:]]
 
+    backward = staticmethod(_KeepInGraph.backward)
+
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-        return grad, *zeros
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()
+
+
+def run(name: str, kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run the kernel of a public function under autograd: directly in eager mode, as an opaque operator in a traced graph."""
+    chosen = operator if torch.compiler.is_compiling() else kernel
+    if chosen is kernel and any(unpack_dual(x).tangent is not None for x in inputs[:3]):
+        raise _no_forward_mode(name)
+    if is_transformed():
+        total, correct, *_ = _TransformedPrecomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
+    else:
+        total, correct = Precomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
+    return total, correct
+
+
+def _no_forward_mode(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} has no derivative in forward mode (jvp, jacfwd, hessian), its reduction='none' has: use grad, jacrev or backward"
+    )
+
+
+def recomputed_blocks(function: Callable[[slice], Tensor], rows: int, chunk: int) -> Tensor:
+    """``function`` of each block of ``rows``, (rows,). Autograd keeps nothing of a block: backward computes it again."""
+    slices = [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    if is_transformed():  # torch.func knows no checkpoints
+        return torch.cat([function(block) for block in slices])
+    return torch.cat([checkpoint(function, block, use_reentrant=False, preserve_rng_state=False) for block in slices])
 
 
 def keep_in_graph(value: Tensor, *inputs: Any) -> Tensor:
@@ -140,5 +174,6 @@ def keep_in_graph(value: Tensor, *inputs: Any) -> Tensor:
             wanted.append(x)
     if not wanted or not torch.is_grad_enabled():
         return value
-    kept: Tensor = _KeepInGraph.apply(value, *wanted)  # type: ignore[no-untyped-call]
+    function = _TransformedKeepInGraph if is_transformed() else _KeepInGraph
+    kept: Tensor = function.apply(value, *wanted)  # type: ignore[no-untyped-call]
     return kept

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._dtypes import is_transformed
 from ..functional.prototype_cross_entropy import check_finite_loss, check_term, mean_over_rows
 from ..functional.soft_targets import base_prototypes, soft_target_rows
 from ..kernels.prototype_cross_entropy import label_nll_sum, made_in_inference_mode
-from .soft_target_cache import SoftTargetCache
+from .soft_target_cache import SoftTargetCache, every_target
 
 
 class PrototypeLoss(nn.Module):
@@ -115,6 +116,8 @@ class PrototypeLoss(nn.Module):
         # A cache keyed by identity and version cannot be part of a traced graph, and inference tensors have no version.
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or made_in_inference_mode(student, teacher):
             return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
+        if is_transformed():
+            return every_target(student, teacher, temperature, valid).index_select(0, labels)
         if self._cache is None or not self._cache.matches(student, teacher, valid, temperature):
             self._cache = SoftTargetCache(student, teacher, valid, temperature)
         return self._cache.rows(student, teacher, labels, valid)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, is_transformed
 from ..functional.soft_targets import soft_target_rows
 from ..kernels.autograd import constants
 
@@ -43,6 +43,8 @@ class SoftTargetCache:
 
     def with_rows(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
         """All rows (K, D), of which those of these labels, of any shape, are computed."""
+        if self.num_missing and is_transformed():  # what is computed under torch.func cannot be kept
+            return every_target(student, teacher, self.temperature, valid)
         if self.num_missing:
             self._compute(student, teacher, labels, valid)
         return self.values
@@ -81,6 +83,12 @@ class SoftTargetCache:
         """Take over saved rows."""
         self.values, self.missing = (state[name].to(self.values.device, copy=True) for name in ("values", "missing"))
         self.num_missing = int(self.missing.sum())
+
+
+def every_target(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
+    """All rows of M - P (K, D)."""
+    labels = torch.arange(len(student), device=student.device)
+    return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
 
 
 def _version(x: Tensor) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, sum_dtype
 from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, sum_over_ranks
 from ..functional.back_translation import back_translate, segment_mean, segment_sum
@@ -72,7 +72,7 @@ class PrototypicalBackTranslation(nn.Module):
         sums, counts = segment_sum(labels, features, self.num_prototypes)
         if self._sums is None:
             self._dtype = accumulation_dtype(features.dtype)
-            self._sums, self._counts = sums, counts
+            self._sums, self._counts = sums.to(sum_dtype(sums.device)), counts
         else:
             self._sums, self._counts = self._sums + sums, self._counts + counts
         self.counts = self._counts

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import assert_on_device
 from ..functional._labels import check_labels
 from .report import EpisodeReport
 from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
@@ -110,7 +111,7 @@ class Prototypes(PrototypeSource, kind="episode"):
                     f"in it (sample {first}, for one)"
                 )
         else:
-            torch._assert_async((~unknown).all())
+            assert_on_device(~unknown)
         return self._order[position]
 
     def to(self, device: torch.device | str) -> "Prototypes":

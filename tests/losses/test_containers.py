@@ -64,7 +64,7 @@ def test_state_dict_through_a_file(kind, tmp_path):
     model, arguments = trained(kind)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert type(state["loss._extra_state"]) is torch.Tensor
+    assert isinstance(state["loss._extra_state"], dict)  # as 0.7.0 saved it
     other = Model(online())
     other.load_state_dict(state)
     assert after(other, arguments) == after(model, arguments)
@@ -184,9 +184,10 @@ def test_copies(kind, copied):
 def test_a_process_group_is_not_pickled():
     """A loss with a group of its own can be sent to another process, which has no such group: the default one is taken."""
     code = (
-        "import os, pickle, sys, torch.distributed as dist\n"
+        "import os, pickle, sys, tempfile, torch.distributed as dist\n"
         "from protoclip_losses import InfoNCE, ProtoLoss\n"
-        "dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
+        "meet = tempfile.mkdtemp()\n"
+        "dist.init_process_group('gloo', init_method=f'file://{meet}/rendezvous', rank=0, world_size=1)\n"
         "for kind in (InfoNCE, ProtoLoss):\n"
         "    loss = kind(process_group=dist.new_group([0]))\n"
         "    try: pickle.dumps(loss)\n"
