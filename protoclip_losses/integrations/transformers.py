@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .._checks import require
 from ..episodes import EpisodeOrder, EpisodeSampler, WithIndex, extract
-from ..heads import ProjectionHeads
+from ..heads import ProjectionHeads, mix_in
 from ..losses import ProtoLoss
 from ..prototypes import EpisodicClusterer
 from ..teachers import TeacherAdapter
@@ -55,7 +55,7 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
     if not isinstance(model, CLIPModel):
         raise TypeError(f"model must be a CLIPModel, got {type(model).__name__}")
     model.proto = ProjectionHeads(model.config.projection_dim, dim, hidden_dim, norm).to(model.device)
-    model.__class__ = type(type(model).__name__, (_Projected, type(model)), {})
+    mix_in(model, _Projected)
     return model
 
 

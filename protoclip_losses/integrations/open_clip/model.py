@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import require
-from ...heads import ProjectionHeads
+from ...heads import ProjectionHeads, mix_in
 from ...losses import ProtoLoss
 from .data import IndexedBatches
 
@@ -39,7 +39,7 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
     with torch.no_grad():
         width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.int64, device=weight.device)).shape[1]
     model.proto = ProjectionHeads(width, dim, hidden_dim, norm).to(weight.device)
-    model.__class__ = type(type(model).__name__, (_Projected, type(model)), {})
+    mix_in(model, _Projected)
     return model
 
 
