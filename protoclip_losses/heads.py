@@ -1,14 +1,17 @@
 """The projection heads between the encoders and the prototype losses."""
 
 import copy
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _checks as check
+from .distributed import active_group
 
 NORMS = ("batch", "layer", "sync")
 MAX_LOG_SCALE = math.log(100)
@@ -36,6 +39,9 @@ class ProjectionHead(nn.Sequential):
             training, so that the clustered h and the student's h are not quite the same; ``"layer"`` has neither problem;
             ``"sync"`` is BatchNorm over all ranks, which PyTorch has for GPUs only.
 
+    One row has no batch statistics. In training BatchNorm normalises such a batch, the last one of an epoch for example, by its
+    running statistics, as in eval mode, and does not update them.
+
     Example:
         >>> import torch
         >>> ProjectionHead(in_dim=16, out_dim=4, hidden_dim=8, norm="layer")(torch.zeros(3, 16)).shape
@@ -62,8 +68,23 @@ class ProjectionHead(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """h (B, out_dim) of z (B, in_dim)."""
+        if input.shape[0] < 2:
+            for layer in self:
+                input = _by_running_statistics(layer, input) if _is_local_batch_norm(layer) else layer(input)
+            return input
         out: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
         return out
+
+
+def _is_local_batch_norm(layer: nn.Module) -> bool:
+    # A converted model has SyncBatchNorm here: it counts the rows of all ranks, and every rank has to call it.
+    if isinstance(layer, nn.SyncBatchNorm):
+        return active_group(layer.process_group) is None
+    return isinstance(layer, _BatchNorm)
+
+
+def _by_running_statistics(norm: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps)
 
 
 class ProjectionHeads(nn.Module):
@@ -109,3 +130,30 @@ class ProjectionHeads(nn.Module):
     def clamp_scale(self) -> None:
         """Clamp the scale to [1, 100], as CLIP does its own: to be called after each step of the optimizer."""
         self.logit_scale_proto.clamp_(0, MAX_LOG_SCALE)
+
+
+def mix_in(model: nn.Module, mixin: type) -> None:
+    """Put the methods of ``mixin`` before those of the model's class, for this model alone.
+
+    The model stays an instance of its class, under the same name. It can be copied, pickled and saved whole like any other.
+    """
+    base: Any = type(model)
+    model.__class__ = _mixed_class(mixin, base)
+
+
+@functools.cache
+def _mixed_class(mixin: type, base: type) -> Any:
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        reduced = super(mixed, self).__reduce_ex__(protocol)
+        if type(self) is not mixed:  # a class that was made of this one, such as FSDP's
+            return reduced
+        return (_new_mixed, (mixin, base), *reduced[2:])  # pickle finds a class by its name, and this one has that of the base
+
+    own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "__reduce_ex__": reduce_ex}
+    mixed: Any = type(base.__name__, (mixin, base), own)
+    return mixed
+
+
+def _new_mixed(mixin: type, base: type) -> Any:
+    mixed = _mixed_class(mixin, base)
+    return mixed.__new__(mixed)

@@ -12,7 +12,7 @@ def check_rows(teachers: Mapping[str, Any], samples: int, data: str) -> None:
         ValueError: a teacher with fewer rows. One with more is a warning. Rows with sample numbers of their own are not compared.
     """
     for name, teacher in teachers.items():
-        if getattr(teacher, "_samples", None) is not None or not hasattr(teacher, "__len__"):
+        if getattr(teacher, "has_index", False) or not hasattr(teacher, "__len__"):
             continue
         if len(teacher) < samples:
             raise ValueError(

@@ -57,6 +57,11 @@ class TeacherAdapter:
         """Whether rows are L2-normalised, before PCA."""
         return self._rows.normalize
 
+    @property
+    def has_index(self) -> bool:
+        """Whether rows have sample numbers of their own; if not, row i is sample i's."""
+        return self._rows.samples is not None
+
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], dim: int | None = None, *, normalize: bool = False) -> "TeacherAdapter":
         """A .npy file (N, D_E), float16 or wider, memory-mapped: rows are read when they are asked for.

@@ -23,7 +23,7 @@ class TeacherRows:
 
     def __init__(self, stored: Any, index: Tensor | None, normalize: bool) -> None:
         self.stored, self.normalize = stored, normalize
-        self._samples = None if index is None else index.cpu().sort()
+        self.samples = None if index is None else index.cpu().sort()
 
     def __len__(self) -> int:
         return int(self.stored.shape[0])
@@ -55,8 +55,8 @@ class TeacherRows:
         check.integers("index", index)
         row = index
         bad = (index < 0) | (index >= len(self))
-        if self._samples is not None:
-            ordered, rows = self._samples
+        if self.samples is not None:
+            ordered, rows = self.samples
             position = torch.searchsorted(ordered, index.cpu()).clamp(max=len(ordered) - 1)
             row, bad = rows[position], ordered[position] != index.cpu()
         if bool(bad.any()):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import require
-from ...heads import ProjectionHeads
+from ...heads import ProjectionHeads, mix_in
 
 require("transformers", "transformers")
 from safetensors import safe_open  # noqa: E402
@@ -97,7 +97,7 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
         raise ValueError(f"in_dim must be given, got None: the configuration of {type(model).__name__} has no projection_dim")
     weight = next(model.parameters())
     model.proto = ProjectionHeads(width, dim, hidden_dim, norm).to(weight.device)
-    model.__class__ = type(type(model).__name__, (_Projected, type(model)), {})
+    mix_in(model, _Projected)
     return model
 
 

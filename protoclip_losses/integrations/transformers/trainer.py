@@ -176,14 +176,14 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         super().save_model(output_dir, _internal_call)
         save_state(self.loss, output_dir or self.args.output_dir, self.args)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            validate_on_all_ranks(lambda: check_checkpoint(checkpoint), active_group(None))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load = super()._load_from_checkpoint
-
-        def load_model() -> None:
-            check_checkpoint(resume_from_checkpoint)
-            load(resume_from_checkpoint, model)
-
-        validate_on_all_ranks(load_model, active_group(None))
+        validate_on_all_ranks(lambda: load(resume_from_checkpoint, model), active_group(None))
         self.is_restored = load_state(self.loss, resume_from_checkpoint, self.args)
         if isinstance(self.loss.prototypes, Prototypes):
             self.clusterer.previous = self.loss.prototypes
