@@ -1,16 +1,23 @@
-"""The nearest centroids of each row in blocks of rows: the final assignment of every engine, and of new rows."""
+"""The nearest centroids of each row in blocks of rows: the final assignment of every engine, and of new rows.
+
+Scores are products in float32. Where their rounding may decide between two centroids, the distances from a few with the highest
+scores are compared in float64; where it may decide which these few are, scores are in float64 too. Labels are thus the nearest
+centroids at any scale and offset that float32 holds. MPS has no float64: there float32 has to do.
+"""
 
 import torch
 from torch import Tensor
 
+from .._dtypes import plain_arithmetic, sum_dtype
 from ..kernels.blocks import rows_per_block
+from .origin import LARGEST_LENGTH, SMALLEST_LENGTH, centroid_origin
 
 BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
+COMPARED_CENTROIDS, COMPARED_ROWS = 6, 256  # whose distances are compared at a time, where scores are not enough
 GROUPS = 64  # a maximum of values is ten times faster than one with its position; it narrows the search to one group
 
 
-@torch.no_grad()
-def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None, *, spherical: bool = False) -> tuple[Tensor, Tensor]:
     r"""Nearest centroid of each row in Euclidean distance.
 
     .. math::
@@ -20,54 +27,147 @@ def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None) -> tu
         points: (N, D).
         centroids: (K, D).
         known: (N,) int64, labels that are certain, and -1 where the nearest centroid is to be found.
+        spherical: centroids are of length 1, and the one nearest to the direction of a row is found.
 
     Returns:
-        Labels (N,) int64, the lowest id among equals, and squared distances (N,).
+        Labels (N,) int64, the lowest id among equals, and squared distances (N,), in float64 but on MPS, which has none.
     """
-    centroids, origin = _centered(centroids, points.device)
-    scores = Scores(centroids)
-    labels = torch.full((len(points),), -1, device=points.device) if known is None else known.clone()
-    for part in torch.split((labels < 0).nonzero()[:, 0], scores.step):
-        labels[part] = scores.best(points[part].float() - origin)[1]
-    # From the difference itself: expanding the square loses all digits of a small distance.
-    distances = [
-        (points[start : start + BLOCK_ROWS].float() - origin - centroids[labels[start : start + BLOCK_ROWS]]).square().sum(1)
-        for start in range(0, max(1, len(points)), BLOCK_ROWS)
-    ]
-    return labels, torch.cat(distances)
+    centroids = centroids.to(device=points.device, dtype=torch.float32)
+    labels = nearest(points, centroids, 1, known, spherical=spherical)[:, 0]
+    return labels, torch.cat(
+        [
+            # From the difference itself: expanding the square loses all digits of a small distance.
+            squared_distances(points[start : start + BLOCK_ROWS], centroids[labels[start : start + BLOCK_ROWS]])
+            for start in range(0, max(1, len(points)), BLOCK_ROWS)
+        ]
+    )
 
 
-@torch.no_grad()
-def nearest(points: Tensor, centroids: Tensor, num_labels: int) -> Tensor:
-    """The ``num_labels`` nearest centroids of each row, nearest first: (N, num_labels) int64; the lowest id among equals."""
-    centroids, origin = _centered(centroids, points.device)
-    scores = Scores(centroids)
-    labels = torch.empty((len(points), num_labels), dtype=torch.int64, device=points.device)
-    for start in range(0, len(points), scores.step):
-        rows = slice(start, start + scores.step)
-        labels[rows] = scores.nearest(points[rows].float() - origin, num_labels)
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distance of each row of ``x`` (n, D) from that of ``y``, in float64: float32 cannot square 1e20 or 1e-25."""
+    return row_lengths(x.to(y.dtype) - y).square()
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """The length of each row (n, D), in float64 but on MPS."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=sum_dtype(x.device))
+    return lengths
+
+
+def directions(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (n, D) divided by their lengths; zeros stay zeros. NaN where the length takes float64 and the dtype is float32."""
+    lengths = row_lengths(x)[:, None]
+    lengths = lengths.masked_fill(lengths == 0, 1)
+    if dtype != lengths.dtype:
+        lengths = lengths.masked_fill((lengths < SMALLEST_LENGTH) | (lengths > LARGEST_LENGTH), torch.nan)
+    return x.to(dtype) / lengths.to(dtype)
+
+
+@plain_arithmetic()
+def nearest(
+    points: Tensor, centroids: Tensor, num_labels: int, known: Tensor | None = None, *, spherical: bool = False
+) -> Tensor:
+    """The ``num_labels`` nearest centroids of each row, nearest first: (N, num_labels) int64; the lowest id among equals.
+
+    Labels ``known`` (N,) that are not -1 are kept. With ``spherical`` see :func:`assign`.
+    """
+    centroids = centroids.to(device=points.device, dtype=torch.float32)
+    labels = torch.full((len(points), num_labels), -1, dtype=torch.int64, device=points.device)
+    if known is not None:
+        labels[:, 0] = known
+    rows, origin = (labels[:, 0] < 0).nonzero()[:, 0], centroid_origin(centroids)
+    for dtype in dict.fromkeys((torch.float32, sum_dtype(points.device))):
+        if len(rows):
+            search = _Search(points, centroids, origin, dtype, spherical)
+            rows = search.by_distances(search.by_scores(rows, labels), labels)
+    if len(rows):
+        labels[rows] = _lowest_of_equals(labels[rows], centroids)
     return labels
 
 
-def _centered(centroids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Centroids about their mean, and the mean: far from the origin, half the squared norms would hold no other digits."""
-    centroids = centroids.to(device=device, dtype=torch.float32)
-    origin = centroids.mean(0)
-    return centroids - origin, origin
+class _Search:
+    """The nearest of some centroids (K, D) in one dtype: writes them to ``labels`` (N, L) for some rows of points (N, D).
+
+    Both ways return the rows for which rounding may have decided.
+    """
+
+    def __init__(self, points: Tensor, centroids: Tensor, origin: Tensor, dtype: torch.dtype, spherical: bool) -> None:
+        self.points, self.centroids, self.origin, self.dtype, self.spherical = points, centroids, origin, dtype, spherical
+        self.scores = Scores(centroids.to(dtype) - origin)
+
+    def by_scores(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Those with the highest scores."""
+        is_certain = torch.empty_like(rows, dtype=torch.bool)
+        for start in range(0, len(rows), self.scores.step):
+            part_of = slice(start, start + self.scores.step)
+            part = rows[part_of]
+            block = self._rows(part, self.dtype) - self.origin
+            highest, labels[part] = self.scores.nearest(block, labels.shape[1])
+            squared_norms = block.square().sum(1)
+            distances = squared_norms - 2 * highest[:, -2]
+            gaps = (highest[:, :-1] - highest[:, 1:]).amin(1)
+            rounded = self.origin if self.spherical and self.dtype == torch.float32 else None
+            is_certain[part_of] = exceeds_rounding(gaps, squared_norms, distances, block.shape[1], rounded)
+        return rows[~is_certain]
+
+    def by_distances(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Those at the smallest distances, in float64, among a few with the highest scores."""
+        uncertain, wide, count = [rows[:0]], sum_dtype(rows.device), labels.shape[1]
+        for part in torch.split(rows, COMPARED_ROWS) if len(rows) else ():
+            x = self._rows(part, wide)
+            block = (x - self.origin).to(self.dtype)
+            lowest, ids = self.scores.shortlist(block, count + COMPARED_CENTROIDS)
+            distances, order = (x[:, None] - self.centroids[ids]).square().sum(2).sort(dim=1, stable=True)
+            labels[part] = ids.gather(1, order[:, :count])
+            farthest, squared_norms = distances[:, count - 1].to(self.dtype), block.square().sum(1)
+            # The others have no higher score than the lowest of these.
+            gap = (squared_norms - farthest) / 2 - lowest
+            uncertain.append(part[~exceeds_rounding(gap, squared_norms, farthest, block.shape[1])])
+        return torch.cat(uncertain)
+
+    def _rows(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self.points[part]
+        return directions(x, dtype) if self.spherical else x.to(dtype)
+
+
+def _lowest_of_equals(labels: Tensor, centroids: Tensor) -> Tensor:
+    """The same centroids (n, L) by their lowest ids, where several are equal: a product may round equal columns differently."""
+    group = torch.unique(centroids.cpu(), dim=0, return_inverse=True)[1].to(labels.device)
+    sizes, ids, own = torch.bincount(group), group.argsort(stable=True), group[labels]
+    earlier = torch.stack([(own[:, :column] == own[:, column : column + 1]).sum(1) for column in range(own.shape[1])], 1)
+    lowest: Tensor = ids[(sizes.cumsum(0) - sizes)[own] + earlier]
+    return lowest
+
+
+def exceeds_rounding(gap: Tensor, squared_norms: Tensor, distances: Tensor, width: int, origin: Tensor | None = None) -> Tensor:
+    r"""Whether a centroid at these squared ``distances`` is nearer than all whose scores are lower by ``gap``, for each row.
+
+    A nearer one is at most :math:`r = |x| + d` from the origin, where scores are rounded by no more than
+    :math:`D u (|x| r + r^2 / 2) \\le 3 D u (|x|^2 + d^2)` with the unit roundoff u (Higham, "Accuracy and stability of numerical
+    algorithms", 2002, section 3.1). The differences from the origin count as 8 terms more. What overflows is not certain.
+    With ``origin``, rows or centroids were rounded to float32 before it was taken from them.
+    """
+    dtype, reach = torch.finfo(gap.dtype), squared_norms + distances
+    # Times 16: so that it is infinite before a square of a centroid is.
+    error = reach * 16 * (3 / 16 * (width + 8) * dtype.eps) + width * dtype.tiny
+    if origin is not None:
+        length = (2 * reach).sqrt()
+        error += 4 * torch.finfo(torch.float32).eps * length * (length + torch.linalg.vector_norm(origin))
+    return gap > error
 
 
 class Scores:
-    r"""Scores :math:`x \cdot c_k - \tfrac{1}{2} \|c_k\|^2` of blocks of at most ``step`` rows, in one buffer."""
+    r"""Scores :math:`x \cdot c_k - \tfrac{1}{2} \|c_k\|^2` of blocks of at most ``step`` rows, in one buffer, in their dtype."""
 
     def __init__(self, centroids: Tensor) -> None:
-        count = len(centroids)
+        self.count = count = len(centroids)
         self.group_size = -(-count // GROUPS)
         # Centroids of a group have successive ids and lie one column of each group apart: a maximum then runs along rows.
         # A multiple of 64 columns, because products round the last few otherwise, and equal centroids would differ.
         ids = torch.arange(GROUPS * self.group_size, device=centroids.device).view(GROUPS, self.group_size).T.flatten()
         self.columns = centroids[ids.clamp(max=count - 1)].T
         self.half_norms = (self.columns.square().sum(0) / 2).masked_fill(ids >= count, torch.inf)
-        self.step = rows_per_block(len(self.half_norms), torch.float32, None)
+        self.step = rows_per_block(len(self.half_norms), centroids.dtype, None)
         self.buffer = centroids.new_empty((self.step, len(self.half_norms)))
 
     def best(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,16 +176,32 @@ class Scores:
         value, group, position = self._next_best(groups, highest)
         return value, group * self.group_size + position, highest.amax(1)
 
-    def nearest(self, block: Tensor, count: int) -> Tensor:
-        """Each row's ``count`` nearest centroids, nearest first: (b, count); the lowest id among equals."""
+    def nearest(self, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Each row's ``count + 1`` highest scores, -inf where centroids end, and the ``count`` nearest centroids of these.
+
+        Shapes (b, count + 1) and (b, count), nearest first; the lowest id among equals.
+        """
         groups, highest = self._grouped(block)
-        ids = torch.empty((len(block), count), dtype=torch.int64, device=block.device)
-        rows = torch.arange(len(block), device=block.device)
-        for column in ids.T:
-            _, group, position = self._next_best(groups, highest)
-            groups[rows, position, group] = -torch.inf
-            column.copy_(group * self.group_size + position)
-        return ids
+        values: list[Tensor] = []
+        ids: list[Tensor] = []
+        while len(ids) < count:
+            value, group, position = self._next_best(groups, highest)
+            values.append(value)
+            ids.append(group * self.group_size + position)
+            if len(ids) < count:  # what was found is out of the race
+                groups[torch.arange(len(block), device=block.device), position, group] = -torch.inf
+        return torch.stack([*values, highest.amax(1)], 1), torch.stack(ids, 1)
+
+    def shortlist(self, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` centroids with the highest scores of each row, in the order of ids (b, count), and their lowest score (b,).
+
+        If there are no more than ``count`` it is -inf: no other has a higher one.
+        """
+        scores = self._grouped(block)[0].flatten(1)
+        values, position = scores.topk(min(count, self.count), dim=1)
+        lowest = values[:, -1] if count < self.count else torch.full_like(values[:, 0], -torch.inf)
+        ids = (position % GROUPS * self.group_size + position // GROUPS).clamp(max=self.count - 1)  # scores may be NaN
+        return lowest, ids.sort(1).values
 
     def _grouped(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (b, group size, groups), and the highest of each group (b, groups)."""

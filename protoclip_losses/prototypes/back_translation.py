@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._dtypes import sum_dtype
 from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
 from ..distributed import Group, sum_over_ranks
 from ..functional.back_translation import back_translate, segment_mean, segment_sum
@@ -22,7 +23,7 @@ class PrototypicalBackTranslation(nn.Module):
     **Related:** :func:`protoclip_losses.functional.back_translate`, which a call of the module is.
 
     For features that do not fit in memory, pass them batch by batch to :meth:`update` and get the same answer from
-    :meth:`compute`; a streamed sum is kept in float64.
+    :meth:`compute`; a streamed sum is kept in float64, but on MPS, which has none.
 
     Args:
         num_prototypes: number K of teacher clusters.
@@ -58,7 +59,7 @@ class PrototypicalBackTranslation(nn.Module):
 
     def reset(self) -> None:
         """Forget what was streamed."""
-        self.counts = torch.zeros(self.num_prototypes, dtype=torch.int64)
+        self.counts = torch.zeros(self.num_prototypes, dtype=torch.int64, device="cpu")
         self._sums: Tensor | None = None
         self._counts = self.counts
         self._dtype = torch.float32
@@ -69,7 +70,7 @@ class PrototypicalBackTranslation(nn.Module):
         sums, counts = segment_sum(labels, features, self.num_prototypes)
         if self._sums is None:
             self._dtype = sums.dtype
-            self._sums, self._counts = sums.double(), counts
+            self._sums, self._counts = sums.to(sum_dtype(sums.device)), counts
         else:
             self._sums, self._counts = self._sums + sums, self._counts + counts
         self.counts = self._counts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import plain_arithmetic
 from ..clustering.kmeans import SETTINGS, KMeans, KMeansResult
 from ..distributed import Group, RankRows, active_group, gather_sizes, gather_strings, validate_on_all_ranks, validate_rows
 from ..episodes import FeatureBank
@@ -101,6 +102,7 @@ class EpisodicClusterer:
         """Cluster this rank's rows (N, D) together with those of all ranks, with no prototypes: see :meth:`KMeans.fit`."""
         return self._kmeans().fit(features, init=init, index=index)
 
+    @plain_arithmetic()
     def build(self, bank: FeatureBank, teachers: "Sequence[TeacherAdapter] | Mapping[str, TeacherAdapter]" = ()) -> Prototypes:
         """Cluster the bank's modalities and the external teachers' features of its samples; back-translate every pair.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import full_precision, plain_arithmetic
 from .files import locked, write_atomically
 
 UNREADABLE = (FileNotFoundError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile)
@@ -56,6 +57,7 @@ class PCA:
         return f"PCA({self.components.shape[0]} -> {self.components.shape[1]})"
 
     @classmethod
+    @plain_arithmetic()
     def fit(cls, blocks: Iterable[Tensor], dim: int) -> "PCA":
         """Fit on blocks of rows (n, D_E), read once, sums in float64. Each direction's largest entry is made positive.
 
@@ -85,7 +87,8 @@ class PCA:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (n, D_E) to (n, dim), float32."""
-        return (x.float() - self.mean) @ self.components
+        with torch.autocast(x.device.type, enabled=False), full_precision():
+            return (x.float() - self.mean) @ self.components
 
 
 def pca_from_state(owner: str, state: Mapping[str, Any], width: int, device: torch.device) -> PCA:
