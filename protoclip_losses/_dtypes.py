@@ -1,4 +1,8 @@
-"""Which dtypes the library takes, in which it sums, and where it may read values."""
+"""Which dtypes the library takes, in which it sums, where it may read values, and which settings must not change results."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,3 +52,42 @@ def may_read_values(*tensors: Tensor) -> bool:
 def assert_on_device(good: Tensor) -> None:
     """Raise RuntimeError if an entry is False: an accelerator raises when it gets there, and is not waited for."""
     torch._assert_async((without_transforms(good) if is_transformed() else good).all())
+
+
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """No gradients, inference tensors, autocast or TensorFloat-32 in here, whatever the caller has set.
+
+    For what is computed once and kept: it must not depend on where in a training script that is.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision())
+        yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices are rounded to float32 in here, not to TensorFloat-32 or bfloat16."""
+    since_torch_2_9: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [x for x in since_torch_2_9 if hasattr(x, "fp32_precision")]
+    before = [x.fp32_precision for x in backends] if backends else [torch.get_float32_matmul_precision()]
+    is_full = set(before) <= {"ieee", "none", "highest"}
+
+    def change(values: list[str]) -> None:
+        for backend, value in zip(backends, values, strict=False):
+            backend.fp32_precision = value
+        if not backends:
+            torch.set_float32_matmul_precision(values[0])
+
+    if not is_full:
+        change(["ieee", "ieee"] if backends else ["highest"])
+    try:
+        yield
+    finally:
+        if not is_full:
+            change(before)

@@ -181,7 +181,7 @@ def _expected_information(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
         ends = counts.cumsum(0)
         first = least - (ends - counts)
         for start in range(0, int(ends[-1]), BLOCK_TERMS):
-            term = torch.arange(start, min(start + BLOCK_TERMS, int(ends[-1])))
+            term = torch.arange(start, min(start + BLOCK_TERMS, int(ends[-1])), device=ends.device)
             pair = torch.searchsorted(ends, term, right=True)
             overlap, size_b = first[pair] + term, sizes_b[pair]
             log_chance = _log_choose(size_a, overlap) + _log_choose(total - size_a, size_b - overlap) - log_choices[pair]

@@ -1,136 +1,173 @@
-"""The nearest centroids of each row in blocks of rows: the final assignment of every engine, and of new rows."""
+"""The nearest centroids of each row in blocks of rows: the final assignment of every engine, and of new rows.
 
-import math
+Scores are products in float32. Where their rounding may decide between two centroids, the distances from a few with the highest
+scores are compared in float64; where it may decide which these few are, scores are in float64 too. Labels are thus the nearest
+centroids at any scale and offset that float32 holds. MPS has no float64: there float32 has to do.
+"""
 
 import torch
 from torch import Tensor
 
-from .._dtypes import sum_dtype
+from .._dtypes import plain_arithmetic, sum_dtype
 from ..kernels.blocks import rows_per_block
-from .origin import DRAWN_CENTROIDS, robust_origin, spaced
+from .origin import LARGEST_LENGTH, SMALLEST_LENGTH, centroid_origin
 
 BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
+COMPARED_CENTROIDS, COMPARED_ROWS = 6, 256  # whose distances are compared at a time, where scores are not enough
 GROUPS = 64  # a maximum of values is ten times faster than one with its position; it narrows the search to one group
-CANDIDATES = 8  # centroids whose distances are computed again where rounding may decide
-EXACT_VALUES = 2**22  # distances that are computed again at a time
 
 
-@torch.no_grad()
-def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None, *, spherical: bool = False) -> tuple[Tensor, Tensor]:
     r"""Nearest centroid of each row in Euclidean distance.
 
     .. math::
         a_i = \arg\min_k \|x_i - c_k\|^2 = \arg\max_k \left( x_i \cdot c_k - \tfrac{1}{2} \|c_k\|^2 \right)
 
-    Where rounding of the right-hand side could decide, the distances themselves are compared.
-
     Args:
         points: (N, D).
         centroids: (K, D).
         known: (N,) int64, labels that are certain, and -1 where the nearest centroid is to be found.
+        spherical: centroids are of length 1, and the one nearest to the direction of a row is found.
 
     Returns:
-        Labels (N,) int64, the lowest id among equals, and squared distances (N,).
+        Labels (N,) int64, the lowest id among equals, and squared distances (N,), in float64 but on MPS, which has none.
     """
-    nearest_to = Nearest(centroids, points.device)
-    labels = torch.full((len(points),), -1, device=points.device) if known is None else known.clone()
-    for part in torch.split((labels < 0).nonzero()[:, 0], nearest_to.step):
-        labels[part] = nearest_to.one(points[part])
-    # From the difference itself: expanding the square loses all digits of a small distance.
-    distances = [
-        (points[start : start + BLOCK_ROWS].float() - nearest_to.centroids[labels[start : start + BLOCK_ROWS]]).square().sum(1)
-        for start in range(0, max(1, len(points)), BLOCK_ROWS)
-    ]
-    return labels, torch.cat(distances)
+    centroids = centroids.to(device=points.device, dtype=torch.float32)
+    labels = nearest(points, centroids, 1, known, spherical=spherical)[:, 0]
+    return labels, torch.cat(
+        [
+            # From the difference itself: expanding the square loses all digits of a small distance.
+            squared_distances(points[start : start + BLOCK_ROWS], centroids[labels[start : start + BLOCK_ROWS]])
+            for start in range(0, max(1, len(points)), BLOCK_ROWS)
+        ]
+    )
 
 
-@torch.no_grad()
-def nearest(points: Tensor, centroids: Tensor, num_labels: int) -> Tensor:
-    """The ``num_labels`` nearest centroids of each row, nearest first: (N, num_labels) int64; the lowest id among equals."""
-    nearest_to = Nearest(centroids, points.device)
-    labels = torch.empty((len(points), num_labels), dtype=torch.int64, device=points.device)
-    for start in range(0, len(points), nearest_to.step):
-        rows = slice(start, start + nearest_to.step)
-        labels[rows] = nearest_to.several(points[rows], num_labels)
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distance of each row of ``x`` (n, D) from that of ``y``, in float64: float32 cannot square 1e20 or 1e-25."""
+    return row_lengths(x.to(y.dtype) - y).square()
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """The length of each row (n, D), in float64 but on MPS."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=sum_dtype(x.device))
+    return lengths
+
+
+def directions(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (n, D) divided by their lengths; zeros stay zeros. NaN where the length takes float64 and the dtype is float32."""
+    lengths = row_lengths(x)[:, None]
+    lengths = lengths.masked_fill(lengths == 0, 1)
+    if dtype != lengths.dtype:
+        lengths = lengths.masked_fill((lengths < SMALLEST_LENGTH) | (lengths > LARGEST_LENGTH), torch.nan)
+    return x.to(dtype) / lengths.to(dtype)
+
+
+@plain_arithmetic()
+def nearest(
+    points: Tensor, centroids: Tensor, num_labels: int, known: Tensor | None = None, *, spherical: bool = False
+) -> Tensor:
+    """The ``num_labels`` nearest centroids of each row, nearest first: (N, num_labels) int64; the lowest id among equals.
+
+    Labels ``known`` (N,) that are not -1 are kept. With ``spherical`` see :func:`assign`.
+    """
+    centroids = centroids.to(device=points.device, dtype=torch.float32)
+    labels = torch.full((len(points), num_labels), -1, dtype=torch.int64, device=points.device)
+    if known is not None:
+        labels[:, 0] = known
+    rows, origin = (labels[:, 0] < 0).nonzero()[:, 0], centroid_origin(centroids)
+    for dtype in dict.fromkeys((torch.float32, sum_dtype(points.device))):
+        if len(rows):
+            search = _Search(points, centroids, origin, dtype, spherical)
+            rows = search.by_distances(search.by_scores(rows, labels), labels)
+    if len(rows):
+        labels[rows] = _lowest_of_equals(labels[rows], centroids)
     return labels
 
 
-class Nearest:
-    """The nearest of some centroids (K, D), for blocks of at most ``step`` rows on the same device."""
+class _Search:
+    """The nearest of some centroids (K, D) in one dtype: writes them to ``labels`` (N, L) for some rows of points (N, D).
 
-    def __init__(self, centroids: Tensor, device: torch.device) -> None:
-        self.centroids = centroids.to(device=device, dtype=torch.float32)
-        # About a point among them: far from it, half the squared norms would hold no other digits.
-        self.origin = robust_origin(self.centroids.mean(0), self.centroids[spaced(len(centroids), device, DRAWN_CENTROIDS)])
-        centered = self.centroids - self.origin
-        # Squares of very small numbers are zero; a power of two rounds nothing.
-        largest = float(centered.abs().max()) if centered.numel() and device.type == "cpu" else 1.0
-        self.factor = 2.0 ** -math.frexp(largest)[1] if 0 < largest < 1e-12 else 1.0
-        self.scores = Scores(centered * self.factor if self.factor != 1 else centered)
-        self.step = self.scores.step
-        # Products of D terms are exact to about sqrt(D) roundings.
-        self.relative_error = (8 + math.sqrt(centroids.shape[1])) * torch.finfo(torch.float32).eps
+    Both ways return the rows for which rounding may have decided.
+    """
 
-    def one(self, points: Tensor) -> Tensor:
-        """Labels (b,)."""
-        block = self._centered(points)
-        best, labels, second = self.scores.best(block)
-        doubtful = (best - second <= self._error(block, best)).nonzero()[:, 0]
-        if len(doubtful) and len(self.centroids) > 1:
-            labels[doubtful] = self.several(points[doubtful], 1)[:, 0]
-        return labels
+    def __init__(self, points: Tensor, centroids: Tensor, origin: Tensor, dtype: torch.dtype, spherical: bool) -> None:
+        self.points, self.centroids, self.origin, self.dtype, self.spherical = points, centroids, origin, dtype, spherical
+        self.scores = Scores(centroids.to(dtype) - origin)
 
-    def several(self, points: Tensor, count: int) -> Tensor:
-        """Labels (b, count), nearest first, by the distances to the candidates with the highest scores."""
-        num = len(self.centroids)
-        block = self._centered(points)
-        candidates, last = self.scores.nearest(block, min(num, count + CANDIDATES))
-        candidates = candidates.sort(1).values  # the lowest id first among equals
-        squares = (self._exact(points)[:, None] - self._exact(self.centroids)[candidates]).square().sum(2)
-        squares, order = squares.sort(dim=1, stable=True)
-        labels = candidates.gather(1, order[:, :count])
-        if candidates.shape[1] < num:
-            # A centroid that is no candidate has no higher score than the last candidate.
-            norms = block.square().sum(1)
-            error = self._error(block, last)
-            wanted = squares[:, count - 1].to(norms.dtype) * self.factor**2
-            doubtful = (norms - 2 * last - wanted <= 2 * error).nonzero()[:, 0]
-            for part in torch.split(doubtful, max(1, EXACT_VALUES // num)):
-                labels[part] = self._by_all_distances(points[part], count)
-        return labels
+    def by_scores(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Those with the highest scores."""
+        is_certain = torch.empty_like(rows, dtype=torch.bool)
+        for start in range(0, len(rows), self.scores.step):
+            part_of = slice(start, start + self.scores.step)
+            part = rows[part_of]
+            block = self._rows(part, self.dtype) - self.origin
+            highest, labels[part] = self.scores.nearest(block, labels.shape[1])
+            squared_norms = block.square().sum(1)
+            distances = squared_norms - 2 * highest[:, -2]
+            gaps = (highest[:, :-1] - highest[:, 1:]).amin(1)
+            rounded = self.origin if self.spherical and self.dtype == torch.float32 else None
+            is_certain[part_of] = exceeds_rounding(gaps, squared_norms, distances, block.shape[1], rounded)
+        return rows[~is_certain]
 
-    def _by_all_distances(self, points: Tensor, count: int) -> Tensor:
-        """Labels (b, count) from the distances to all centroids."""
-        mode = "donot_use_mm_for_euclid_dist"
-        distances = torch.cdist(self._exact(points), self._exact(self.centroids), compute_mode=mode)
-        order: Tensor = distances.sort(dim=1, stable=True).indices
-        return order[:, :count]
+    def by_distances(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Those at the smallest distances, in float64, among a few with the highest scores."""
+        uncertain, wide, count = [rows[:0]], sum_dtype(rows.device), labels.shape[1]
+        for part in torch.split(rows, COMPARED_ROWS) if len(rows) else ():
+            x = self._rows(part, wide)
+            block = (x - self.origin).to(self.dtype)
+            lowest, ids = self.scores.shortlist(block, count + COMPARED_CENTROIDS)
+            distances, order = (x[:, None] - self.centroids[ids]).square().sum(2).sort(dim=1, stable=True)
+            labels[part] = ids.gather(1, order[:, :count])
+            farthest, squared_norms = distances[:, count - 1].to(self.dtype), block.square().sum(1)
+            # The others have no higher score than the lowest of these.
+            gap = (squared_norms - farthest) / 2 - lowest
+            uncertain.append(part[~exceeds_rounding(gap, squared_norms, farthest, block.shape[1])])
+        return torch.cat(uncertain)
 
-    def _centered(self, points: Tensor) -> Tensor:
-        block = points.float() - self.origin
-        return block * self.factor if self.factor != 1 else block
+    def _rows(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self.points[part]
+        return directions(x, dtype) if self.spherical else x.to(dtype)
 
-    def _error(self, block: Tensor, score: Tensor) -> Tensor:
-        """How far rounding may put scores near this one wrong: those centroids are about as long as the row and its distance."""
-        norms = block.square().sum(1)
-        return self.relative_error * 2 * (norms + (norms - 2 * score).clamp(min=0))
 
-    def _exact(self, x: Tensor) -> Tensor:
-        return x.to(sum_dtype(x.device))
+def _lowest_of_equals(labels: Tensor, centroids: Tensor) -> Tensor:
+    """The same centroids (n, L) by their lowest ids, where several are equal: a product may round equal columns differently."""
+    group = torch.unique(centroids.cpu(), dim=0, return_inverse=True)[1].to(labels.device)
+    sizes, ids, own = torch.bincount(group), group.argsort(stable=True), group[labels]
+    earlier = torch.stack([(own[:, :column] == own[:, column : column + 1]).sum(1) for column in range(own.shape[1])], 1)
+    lowest: Tensor = ids[(sizes.cumsum(0) - sizes)[own] + earlier]
+    return lowest
+
+
+def exceeds_rounding(gap: Tensor, squared_norms: Tensor, distances: Tensor, width: int, origin: Tensor | None = None) -> Tensor:
+    r"""Whether a centroid at these squared ``distances`` is nearer than all whose scores are lower by ``gap``, for each row.
+
+    A nearer one is at most :math:`r = |x| + d` from the origin, where scores are rounded by no more than
+    :math:`D u (|x| r + r^2 / 2) \\le 3 D u (|x|^2 + d^2)` with the unit roundoff u (Higham, "Accuracy and stability of numerical
+    algorithms", 2002, section 3.1). The differences from the origin count as 8 terms more. What overflows is not certain.
+    With ``origin``, rows or centroids were rounded to float32 before it was taken from them.
+    """
+    dtype, reach = torch.finfo(gap.dtype), squared_norms + distances
+    # Times 16: so that it is infinite before a square of a centroid is.
+    error = reach * 16 * (3 / 16 * (width + 8) * dtype.eps) + width * dtype.tiny
+    if origin is not None:
+        length = (2 * reach).sqrt()
+        error += 4 * torch.finfo(torch.float32).eps * length * (length + torch.linalg.vector_norm(origin))
+    return gap > error
 
 
 class Scores:
-    r"""Scores :math:`x \cdot c_k - \tfrac{1}{2} \|c_k\|^2` of blocks of at most ``step`` rows, in one buffer."""
+    r"""Scores :math:`x \cdot c_k - \tfrac{1}{2} \|c_k\|^2` of blocks of at most ``step`` rows, in one buffer, in their dtype."""
 
     def __init__(self, centroids: Tensor) -> None:
-        count = len(centroids)
+        self.count = count = len(centroids)
         self.group_size = -(-count // GROUPS)
         # Centroids of a group have successive ids and lie one column of each group apart: a maximum then runs along rows.
         # A multiple of 64 columns, because products round the last few otherwise, and equal centroids would differ.
         ids = torch.arange(GROUPS * self.group_size, device=centroids.device).view(GROUPS, self.group_size).T.flatten()
         self.columns = centroids[ids.clamp(max=count - 1)].T
         self.half_norms = (self.columns.square().sum(0) / 2).masked_fill(ids >= count, torch.inf)
-        self.step = rows_per_block(len(self.half_norms), torch.float32, None)
+        self.step = rows_per_block(len(self.half_norms), centroids.dtype, None)
         self.buffer = centroids.new_empty((self.step, len(self.half_norms)))
 
     def best(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,15 +177,31 @@ class Scores:
         return value, group * self.group_size + position, highest.amax(1)
 
     def nearest(self, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The centroids with each row's ``count`` highest scores (b, count), the lowest id first among equals; the last score."""
+        """Each row's ``count + 1`` highest scores, -inf where centroids end, and the ``count`` nearest centroids of these.
+
+        Shapes (b, count + 1) and (b, count), nearest first; the lowest id among equals.
+        """
         groups, highest = self._grouped(block)
-        ids = torch.empty((len(block), count), dtype=torch.int64, device=block.device)
-        rows = torch.arange(len(block), device=block.device)
-        for column in ids.T:
+        values: list[Tensor] = []
+        ids: list[Tensor] = []
+        while len(ids) < count:
             value, group, position = self._next_best(groups, highest)
-            groups[rows, position, group] = -torch.inf
-            column.copy_(group * self.group_size + position)
-        return ids, value
+            values.append(value)
+            ids.append(group * self.group_size + position)
+            if len(ids) < count:  # what was found is out of the race
+                groups[torch.arange(len(block), device=block.device), position, group] = -torch.inf
+        return torch.stack([*values, highest.amax(1)], 1), torch.stack(ids, 1)
+
+    def shortlist(self, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` centroids with the highest scores of each row, in the order of ids (b, count), and their lowest score (b,).
+
+        If there are no more than ``count`` it is -inf: no other has a higher one.
+        """
+        scores = self._grouped(block)[0].flatten(1)
+        values, position = scores.topk(min(count, self.count), dim=1)
+        lowest = values[:, -1] if count < self.count else torch.full_like(values[:, 0], -torch.inf)
+        ids = (position % GROUPS * self.group_size + position // GROUPS).clamp(max=self.count - 1)  # scores may be NaN
+        return lowest, ids.sort(1).values
 
     def _grouped(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (b, group size, groups), and the highest of each group (b, groups)."""

@@ -1,19 +1,19 @@
-"""K-means of rows: which rows are clustered, by which engine, and the labels of these and of new rows."""
+"""K-means of rows: which rows are clustered, by which engine, and their labels."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import sum_dtype
+from .._dtypes import plain_arithmetic, sum_dtype
 from ..distributed import Group, RankRows, active_group, check_process_group, gather_sizes, sum_over_ranks, validate_rows
 from . import faiss_engine, torch_engine
-from .assign import assign, nearest
+from .assign import assign
 from .points import EngineResult, KMeansConfig, ShardedPoints, finite_points, positions
 from .report import ClusteringReport
+from .result import KMeansResult as KMeansResult
 
 ENGINES: dict[str, Callable[[ShardedPoints, int, KMeansConfig], EngineResult]] = {
     "faiss": faiss_engine.kmeans,
@@ -21,72 +21,6 @@ ENGINES: dict[str, Callable[[ShardedPoints, int, KMeansConfig], EngineResult]] =
 }
 BACKENDS = ("auto", *ENGINES)
 SETTINGS = ("niter", "nredo", "backend", "spherical", "seed", "device", "tol", "max_dropped", "process_group")
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class KMeansResult:
-    """A clustering of N rows, which also labels new rows.
-
-    **Use it when:** you want the labels of the rows that were clustered, or of others by :meth:`predict`.
-    **Not when:** you train with prototypes: :class:`Prototypes` has the clusterings of an episode by sample index.
-    **Related:** :class:`KMeans`, which returns it; :class:`ClusteringReport`.
-
-    Attributes:
-        centroids: (K, D) float32, equal on every rank; normalised only with ``spherical``.
-        labels: (N,) int64 of this rank's rows, -1 for a row with NaN or Inf.
-        counts: (K,) int64, members of each cluster over all ranks; 0 for an empty cluster.
-        objective: sum of squared distances to the assigned centroids, over all ranks.
-        report: how the run went.
-    """
-
-    centroids: Tensor
-    labels: Tensor
-    counts: Tensor
-    objective: float
-    report: ClusteringReport
-
-    @property
-    def dropped(self) -> int:
-        """Rows of all ranks with NaN or Inf, which were left out."""
-        return self.report.dropped
-
-    def predict(self, x: Tensor, num_labels: int = 1) -> Tensor:
-        """The nearest centroids of other rows, in Euclidean distance, ties to the lowest id. In blocks: never N x K at once.
-
-        The rows that were clustered get the labels they have, except where rounding decides between two centroids that are
-        equally near. All K centroids take part: one whose cluster was empty may be the nearest of a new row. No communication.
-
-        Args:
-            x: (n, D), on any device.
-            num_labels: how many centroids to return for each row.
-
-        Returns:
-            (n,) int64, or (n, L) nearest first where ``num_labels`` is greater than 1; -1 for a row with NaN or Inf.
-
-        Raises:
-            TypeError: x that is not floating point.
-            ValueError: another width than the centroids', values that float32 cannot square, more labels than centroids.
-
-        Example:
-            >>> import torch
-            >>> result = KMeans(3).fit(torch.tensor([[0.0], [1.0], [5.0]]))
-            >>> result.centroids[result.predict(torch.tensor([[0.9], [6.0]]), num_labels=2)].squeeze(2)
-            tensor([[1., 0.],
-                    [5., 1.]])
-        """
-        num_clusters, width = self.centroids.shape
-        check.matrix("x", x, width=width, of=" as the centroids")
-        if check.positive_int("num_labels", num_labels) > num_clusters:
-            raise ValueError(f"num_labels must be at most the number of centroids, {num_clusters}, got {num_labels}")
-        finite, points = finite_points("x", x)
-        labels = torch.full((len(x), num_labels), -1, dtype=torch.int64, device=x.device)
-        labels[finite] = nearest(points, self.centroids, num_labels)
-        return labels if num_labels > 1 else labels[:, 0]
-
-    def __repr__(self) -> str:
-        (num_clusters, width), report = self.centroids.shape, self.report
-        sizes = f"num_clusters={num_clusters}, width={width}, rows={len(self.labels)}, objective={self.objective:.6g}"
-        return f"KMeansResult({sizes}, empty={report.empty}, dropped={report.dropped}, backend={report.backend!r})"
 
 
 class KMeans:
@@ -160,6 +94,7 @@ class KMeans:
     def __repr__(self) -> str:
         return f"KMeans({self.num_clusters}, {', '.join(f'{name}={getattr(self, name)!r}' for name in SETTINGS)})"
 
+    @plain_arithmetic()
     def fit(self, x: Tensor, *, init: Tensor | None = None, index: Tensor | None = None) -> KMeansResult:
         """Cluster this rank's rows together with those of all ranks.
 
@@ -171,8 +106,8 @@ class KMeans:
 
         Raises:
             TypeError: x that is not floating point, an index that is not int64.
-            ValueError: fewer finite rows than clusters, more rows with NaN or Inf than ``max_dropped`` allows, values that
-                float32 cannot square.
+            ValueError: fewer finite rows than clusters, more rows with NaN or Inf than ``max_dropped`` allows, values of
+                1e38 or more.
             RuntimeError: faiss is asked for a GPU and the installed one has none.
         """
         start = time.perf_counter()
@@ -192,7 +127,7 @@ class KMeans:
         config = KMeansConfig(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init)
         found = ENGINES[backend](ShardedPoints(points, position, kept), self.num_clusters, config)
         clustered = time.perf_counter()
-        assigned, distances = assign(points, found.centroids, found.labels)
+        assigned, distances = assign(points, found.centroids, found.labels, spherical=self.spherical)
         counts = sum_over_ranks(torch.bincount(assigned, minlength=self.num_clusters), group).to(x.device)
         objective = float(sum_over_ranks(distances.to(sum_dtype(distances.device)).sum(), group))
         labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
@@ -208,7 +143,7 @@ class KMeans:
             dropped=ranks.total - kept.total,
             seconds={"kmeans": clustered - start, "assign": time.perf_counter() - clustered},
         )
-        return KMeansResult(found.centroids.to(x.device), labels, counts, objective, report)
+        return KMeansResult(found.centroids.to(x.device), labels, counts, objective, report, self.spherical)
 
     def _checked(self, x: Tensor, init: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which rows are finite, and these rows."""

@@ -9,6 +9,9 @@ from .._dtypes import sum_dtype
 from ..distributed import RankRows, rank
 from ..functional.back_translation import segment_mean, segment_sum
 from .assign import BLOCK_ROWS
+from .origin import LARGEST_LENGTH, sampled_positions
+
+LARGEST = 1e38  # differences of such values are below the largest of float32
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,19 @@ class ShardedPoints:
         order = positions.argsort()
         order = order[keys[order].argsort(stable=True)][:count]
         chosen = positions[order[keys[order].isfinite()]].sort().values
-        return self._at(chosen, own), chosen
+        return self._rows_at(chosen, own), chosen
 
-    def at(self, positions: Tensor) -> Tensor:
-        """The points (m, D) float32 at these positions (m,), sorted and each once."""
-        return self._at(positions, torch.arange(len(self.points), device=self.points.device))
+    def sample(self) -> Tensor:
+        """A sample of the points of all ranks, (m, D) float32, the same on every rank."""
+        positions = sampled_positions(self.total).to(self.position.device)
+        return self._rows_at(positions, torch.arange(len(self.position), device=self.position.device))
 
-    def _at(self, positions: Tensor, own: Tensor) -> Tensor:
-        """:meth:`at`, of positions that this rank holds among the rows ``own`` if at all."""
+    def _rows_at(self, positions: Tensor, own: Tensor) -> Tensor:
+        """The points at these sorted positions (m,), of which this rank holds none but those in its rows ``own``."""
         held = own[torch.isin(self.position[own], positions)]
-        points = self.points.new_zeros((len(positions), self.points.shape[1]), dtype=torch.float32)
-        points[torch.searchsorted(positions, self.position[held])] = self.points[held].float()
-        return self.sum(points)
+        rows = self.points.new_zeros((len(positions), self.points.shape[1]), dtype=torch.float32)
+        rows[torch.searchsorted(positions, self.position[held])] = self.points[held].float()
+        return self.sum(rows)
 
 
 def segment_sums_and_counts(labels: Tensor, points: Tensor, num_segments: int, origin: Tensor | None = None) -> Tensor:
@@ -104,8 +108,8 @@ def segment_sums_and_counts(labels: Tensor, points: Tensor, num_segments: int, o
     dtype = sum_dtype(points.device)
     sums = torch.zeros((num_segments, points.shape[1] + 1), dtype=dtype, device=points.device)
     for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_segments else ():
-        block = points[part].float()
-        block = torch.nn.functional.pad(block if origin is None else block - origin, (0, 1), value=1.0)
+        block = points[part].float() if origin is None else points[part].to(origin.dtype) - origin
+        block = torch.nn.functional.pad(block, (0, 1), value=1.0)
         sums += segment_sum(labels[part], block.to(dtype), num_segments, check_values=False)[0]
     return sums
 
@@ -128,8 +132,10 @@ def finite_points(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     finite = finite_rows(x)
     points = x if bool(finite.all()) else x[finite]
     largest = max((abs(float(value)) for value in points.aminmax()), default=0.0) if len(points) else 0.0
-    if not largest < 1e18 / x.shape[1] ** 0.5:
-        raise ValueError(f"{name} must be small enough for float32 to hold its squared distances, got {largest:.3g}")
+    if not largest < LARGEST:
+        raise ValueError(f"{name} must hold values below {LARGEST:g}, which float32 can subtract, got {largest:.3g}")
+    if sum_dtype(x.device) == torch.float32 and not largest < LARGEST_LENGTH / x.shape[1] ** 0.5:
+        raise ValueError(f"{name} must be small enough for float32 to square it on {x.device}, got {largest:.3g}")
     # Rows of float64 are clustered in float32 like all others.
     return finite, points.float() if points.dtype == torch.float64 else points
 

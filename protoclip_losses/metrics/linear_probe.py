@@ -78,13 +78,13 @@ def _scaled(train_x: Tensor, test_x: Tensor) -> tuple[Any, Any]:
 
 def _held_out(train_y: Tensor, seed: int) -> Tensor:
     """Which training rows choose C, (N,) bool."""
-    generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(train_y), dtype=torch.bool)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    held_out = torch.zeros(len(train_y), dtype=torch.bool, device="cpu")
     for label in torch.unique(train_y):
         rows = (train_y == label).nonzero()[:, 0]
         # A class with one row stays in the fitted part: a probe that never saw it could not be judged on it.
         count = max(1, len(rows) // 5) if len(rows) > 1 else 0
-        held_out[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+        held_out[rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]]] = True
     return held_out
 
 

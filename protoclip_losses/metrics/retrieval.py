@@ -125,5 +125,6 @@ def _first_copies(gallery: Tensor) -> Tensor | None:
     unique, inverse = torch.unique(gallery.cpu(), dim=0, return_inverse=True)  # not every device has it by rows
     if len(unique) == len(gallery):
         return None
-    first = torch.full((len(unique),), len(gallery)).scatter_reduce(0, inverse, torch.arange(len(gallery)), "amin")
+    row = torch.arange(len(gallery), device="cpu")
+    first = torch.full((len(unique),), len(gallery), device="cpu").scatter_reduce(0, inverse, row, "amin")
     return first[inverse].to(gallery.device)

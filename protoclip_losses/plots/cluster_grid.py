@@ -91,7 +91,8 @@ def _spread_over_sizes(labels: Tensor, num_clusters: int) -> list[int]:
 
 def _draw_row(row: Sequence[Any], title: str, members: Tensor, pictures: Any, captions: Sequence[str]) -> None:
     """Draw one cluster: its title, and members evenly spread over its rows."""
-    members = members[torch.linspace(0, len(members) - 1, min(len(row), len(members))).round().long()]
+    count = min(len(row), len(members))
+    members = members[torch.linspace(0, len(members) - 1, count, dtype=torch.float32, device="cpu").round().long()]
     for panel in row:
         panel.set_axis_off()
     for panel, number, picture in zip(row, members.tolist(), pictures[members], strict=False):

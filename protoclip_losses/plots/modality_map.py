@@ -98,11 +98,11 @@ def _coloured(categories: Tensor, names: Sequence[str]) -> tuple[list[str], list
     """The colour of each pair, and what each colour in turn stands for; small categories share one where colours run out."""
     numbers, inverse, sizes = torch.unique(categories.cpu().long(), return_inverse=True, return_counts=True)
     titles = [names[number] for number in numbers.tolist()]
-    colours = torch.arange(len(numbers))
+    colours = torch.arange(len(numbers), device=numbers.device)
     if len(numbers) > len(COLOURS):
         own = len(COLOURS) - 1
         largest = sizes.argsort(descending=True, stable=True)[:own].sort().values
-        colours = torch.full_like(numbers, own).index_copy(0, largest, torch.arange(own))
+        colours = torch.full_like(numbers, own).index_copy(0, largest, torch.arange(own, device=numbers.device))
         titles = [*(titles[i] for i in largest.tolist()), f"{len(numbers) - own} others"]
     return [COLOURS[i] for i in colours[inverse].tolist()], titles
 

@@ -25,7 +25,7 @@ class PrototypicalBackTranslation(nn.Module):
     **Related:** :func:`protoclip_losses.functional.back_translate`, which a call of the module is.
 
     For features that do not fit in memory, pass them batch by batch to :meth:`update` and get the same answer from
-    :meth:`compute`; a streamed sum is kept in float64.
+    :meth:`compute`; a streamed sum is kept in float64, but on MPS, which has none.
 
     Args:
         num_prototypes: number K of teacher clusters.
@@ -61,7 +61,7 @@ class PrototypicalBackTranslation(nn.Module):
 
     def reset(self) -> None:
         """Forget what was streamed."""
-        self.counts = torch.zeros(self.num_prototypes, dtype=torch.int64)
+        self.counts = torch.zeros(self.num_prototypes, dtype=torch.int64, device="cpu")
         self._sums: Tensor | None = None
         self._counts = self.counts
         self._dtype = torch.float32

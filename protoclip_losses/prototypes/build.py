@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import plain_arithmetic
 from ..clustering.kmeans import SETTINGS, KMeans, KMeansResult
 from ..distributed import Group, RankRows, active_group, gather_sizes, rank, validate_on_all_ranks, world_size
 from ..episodes import FeatureBank
@@ -108,13 +109,14 @@ class EpisodicClusterer:
         """Cluster this rank's rows (N, D) together with those of all ranks, with no prototypes: see :meth:`KMeans.fit`."""
         return self._kmeans().fit(features, init=init, index=index)
 
+    @plain_arithmetic()
     def fit_teacher(self, teacher: "TeacherAdapter") -> Clustering:
         """Cluster a teacher over all its samples, once: :meth:`build` takes the clustering in its place, and is spared K-means.
 
         Ranks share the work, and all get the labels of all samples; a row of zeros, which tells nothing, gets none.
 
         Returns:
-            A :class:`Clustering` with labels by sample index: (N,), or (N, L) with ``labels_per_sample`` greater than 1.
+            A :class:`Clustering`, labels by sample index: (N,), or (N, L) with ``labels_per_sample`` greater than 1.
 
         Raises:
             ValueError: fewer rows than clusters, or too many with NaN or Inf, as in :meth:`fit`.
@@ -125,6 +127,7 @@ class EpisodicClusterer:
         result, labels = self._fit_known(rows, share.to(rows.device))
         return Clustering(result.centroids, RankRows(group, gather_sizes(len(share), group)).gather(labels))
 
+    @plain_arithmetic()
     def build(
         self,
         bank: FeatureBank,
@@ -149,10 +152,8 @@ class EpisodicClusterer:
             index: (M,) int64, the samples that will be trained, if other than the bank's: features that training computed then
                 serve the next episode. Every teacher must have been clustered before. The same on all ranks.
 
-        A label whose prototype is not valid, as none of the bank's samples has it, becomes -1.
-
         Returns:
-            The prototypes, with an :class:`EpisodeReport` in ``report``.
+            The prototypes, with an :class:`EpisodeReport` in ``report``. A label that none of the bank's samples has becomes -1.
 
         Raises:
             ValueError: bank rows never written, a teacher's name that is a modality, wrong numbers of rows, K > N, nothing to

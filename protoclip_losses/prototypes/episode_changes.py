@@ -41,7 +41,8 @@ def centroid_drift(centroids: Tensor, labels: Tensor, old_centroids: Tensor, old
 def changed_share(successors: Tensor, labels: Tensor, old_labels: Tensor) -> float | None:
     """Share of samples whose centroid's nearest old one (K,) is not their old one; None without a sample labelled in both."""
     both = (labels >= 0) & (old_labels >= 0)
-    return float((successors[labels[both]] != old_labels[both]).double().mean()) if bool(both.any()) else None
+    is_changed = successors[labels[both]] != old_labels[both]
+    return int(is_changed.sum()) / len(is_changed) if len(is_changed) else None
 
 
 def _in_use(labels: Tensor, num_clusters: int) -> Tensor:

@@ -52,6 +52,13 @@ class TeacherAdapter:
     ) -> None:
         self._rows, self._encode, self.pca = TeacherRows(rows, index, normalize), encode, pca
 
+    def _reduce(self, rows: Tensor) -> Tensor:
+        return rows.float() if self.pca is None else self.pca(rows)
+
+    def _reduced(self, dim: int | None) -> "TeacherAdapter":
+        self.pca = None if dim is None else fit_pca(self._rows, dim)
+        return self
+
     @property
     def normalize(self) -> bool:
         """Whether rows are L2-normalised, before PCA."""
@@ -59,7 +66,7 @@ class TeacherAdapter:
 
     @property
     def has_index(self) -> bool:
-        """Whether rows have sample numbers of their own; if not, row i is sample i's."""
+        """Whether rows name their samples; if not, row i is sample i's."""
         return self._rows.samples is not None
 
     @classmethod
@@ -76,7 +83,7 @@ class TeacherAdapter:
             ValueError: another kind of file, not a 2-D array, dim larger than the width or than the number of rows.
             TypeError: not an array of floats.
         """
-        return cls._with_pca(open_rows(path), dim, normalize=normalize)
+        return cls(open_rows(path), normalize=normalize)._reduced(dim)
 
     @classmethod
     def from_tensor(
@@ -92,7 +99,7 @@ class TeacherAdapter:
             ordered = index.sort().values
             if repeats := int((ordered[1:] == ordered[:-1]).sum()):
                 raise ValueError(f"index must name each sample once, got {repeats} repeats")
-        return cls._with_pca(x.detach(), dim, normalize=normalize, index=index)
+        return cls(x.detach(), normalize=normalize, index=index)._reduced(dim)
 
     @classmethod
     def from_encoder(
@@ -193,12 +200,6 @@ class TeacherAdapter:
         encoder, rows = encode_own_words(texts, dim, path, tokenizer, seed, progress, active_group(process_group))
         return cls(rows, encode=encoder)
 
-    @classmethod
-    def _with_pca(cls, rows: Any, dim: int | None, *, normalize: bool, index: Tensor | None = None) -> "TeacherAdapter":
-        adapter = cls(rows, normalize=normalize, index=index)
-        adapter.pca = None if dim is None else fit_pca(adapter._rows, dim)
-        return adapter
-
     @property
     def dim(self) -> int:
         """Width D_E of the features that come out."""
@@ -215,22 +216,16 @@ class TeacherAdapter:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Features (n, D_E) of sample indices (n,), float32; a sample that the teacher does not have is an IndexError."""
-        return self._project(self._rows[index])
+        return self._reduce(self._rows[index])
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Features (n, D_E) of captions that have no index (streams), through the same normalisation and PCA."""
         if self._encode is None:
-            raise ValueError(
-                "encode needs a teacher made by TeacherAdapter.from_encoder or from_captions: a file or a tensor has no encoder"
-            )
-        texts = check.strings("captions", captions)
-        if not texts:
+            raise ValueError("encode needs a teacher made by from_encoder or from_captions: a file or a tensor has no encoder")
+        if not (texts := check.strings("captions", captions)):
             return torch.zeros((0, self.dim), dtype=torch.float32, device="cpu")
         rows = torch.from_numpy(call_encoder(self._encode, texts, self._rows.width)).float()
-        return self._project(torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows)
-
-    def _project(self, rows: Tensor) -> Tensor:
-        return rows.float() if self.pca is None else self.pca(rows)
+        return self._reduce(torch.nn.functional.normalize(rows, dim=1) if self.normalize else rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The frozen PCA, None for its width where there is none, and the encoder of the captions' words; not the rows."""

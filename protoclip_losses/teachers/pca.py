@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import full_precision, plain_arithmetic
 from ..distributed import Group, rank, validate_on_all_ranks
 from .fitted import fit_once, load_fitted
 from .rows import TeacherRows
@@ -51,6 +52,7 @@ class PCA:
         return f"PCA({self.components.shape[0]} -> {self.components.shape[1]})"
 
     @classmethod
+    @plain_arithmetic()
     def fit(cls, blocks: Iterable[Tensor], dim: int) -> "PCA":
         """Fit on blocks of rows (n, D_E), read once, sums in float64. Each direction's largest entry is made positive.
 
@@ -80,7 +82,8 @@ class PCA:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows (n, D_E) to (n, dim), float32."""
-        return (x.float() - self.mean) @ self.components
+        with torch.autocast(x.device.type, enabled=False), full_precision():
+            return (x.float() - self.mean) @ self.components
 
     def state_dict(self) -> dict[str, Tensor]:
         """Mean and components, as the constructor takes them."""

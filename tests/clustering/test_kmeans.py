@@ -1,9 +1,9 @@
 """KMeans.fit, which is EpisodicClusterer.fit under other names: K-means of features."""
 
-import contextlib
 import random
 import sys
 from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
 
 import dense
 import faiss
@@ -267,29 +267,57 @@ def test_a_gpu_without_gpu_faiss_says_what_to_install():
         KMeans(2, backend="faiss", device="cuda:1").fit(torch.randn(8, 2))
 
 
-def test_faiss_on_gpu_uses_one_gpu_the_one_asked_for(monkeypatch):
-    """Here faiss has no GPU: what it would be asked for is recorded, and K-means runs on CPU."""
-    asked = []
-    real = faiss.Kmeans
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """The numbers of the GPUs that faiss takes, on a machine of four.
 
-    def recording(*args, gpu, **kwargs):
-        asked.append(gpu)
-        return real(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def current_device(device):
-        asked.append(str(device))
-        yield
-
+    faiss's own Python chooses them. What a build for the CPU lacks is put in its place: two containers of resources, and the one
+    function that would copy an index to GPUs, which leaves it on the CPU.
+    """
+    taken = []
+    in_gpu_wrappers = {
+        "StandardGpuResources": object,
+        "GpuResourcesVector": lambda: SimpleNamespace(push_back=lambda resource: None),
+        "index_cpu_to_gpu_multiple": lambda resources, gpus, index, options: (
+            taken.append([gpus.at(i) for i in range(gpus.size())]),
+            index,
+        )[1],
+        "get_num_gpus": lambda: 4,
+    }
+    for name, value in in_gpu_wrappers.items():
+        monkeypatch.setattr(faiss.gpu_wrappers, name, value, raising=False)
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "Kmeans", recording)
-    monkeypatch.setattr(torch.cuda, "device", current_device)
+    for module in (faiss, faiss.extra_wrappers):
+        monkeypatch.setattr(module, "get_num_gpus", lambda: 4)
+    return taken
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_faiss_takes_the_gpu_that_was_named_and_no_other(four_gpus, number, spherical):
     features = torch.randn(50, 2, generator=seeded(11))
-    on_gpu = KMeans(3, backend="faiss", device="cuda:1").fit(features)
-    assert (type(asked[0]), *asked) == (int, 1, "cuda:1")
-    asked.clear()
-    assert torch.equal(KMeans(3, backend="faiss").fit(features).centroids, on_gpu.centroids)
-    assert asked == [False]
+    on_gpu = KMeans(3, backend="faiss", device=f"cuda:{number}", spherical=spherical).fit(features)
+    assert four_gpus == [[number]]
+    assert torch.equal(KMeans(3, backend="faiss", spherical=spherical).fit(features).centroids, on_gpu.centroids)
+    assert four_gpus == [[number]]
+
+
+def test_faiss_takes_the_current_gpu_if_none_is_named(four_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    KMeans(3, backend="faiss", device="cuda").fit(torch.randn(50, 2, generator=seeded(11)))
+    assert four_gpus == [[2]]
+
+
+def test_a_gpu_that_faiss_does_not_see_is_named(four_gpus):
+    with pytest.raises(RuntimeError, match="device must be one of the 4 GPUs that faiss sees, got 'cuda:4'"):
+        KMeans(3, backend="faiss", device="cuda:4").fit(torch.randn(50, 2))
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(1, [0, 1, 2, 3]), (2, [0, 1])])
+def test_what_faiss_takes_for_a_number_of_gpus(four_gpus, asked, taken):
+    """Why the number is not passed: 1 is all of them."""
+    faiss.Kmeans(2, 3, gpu=asked)
+    assert four_gpus == [taken]
 
 
 def test_without_faiss_the_error_says_what_to_install(monkeypatch):
@@ -346,18 +374,20 @@ def test_bad_features_are_named(estimator, rows, count, features, error, message
         estimator(2).fit(features)
 
 
-def test_features_that_float32_cannot_square_are_an_error_and_not_the_end_of_the_process():
+def test_features_out_of_the_range_of_float32_are_an_error_and_not_the_end_of_the_process():
     in_new_process(
         """
 import torch
 from protoclip_losses import KMeans
-for features in torch.full((9, 4), 1e20), torch.full((9, 4), 1e300, dtype=torch.float64), torch.ones(9, 0):
-    try:
-        KMeans(4).fit(features)
-    except ValueError as error:
-        assert str(error).startswith("x must "), error
-    else:
-        raise AssertionError(features)
+for backend in ("torch", "faiss"):
+    for features in torch.full((9, 4), 2e38), torch.full((9, 4), 1e300, dtype=torch.float64), torch.ones(9, 0):
+        try:
+            KMeans(4, backend=backend).fit(features)
+        except ValueError as error:
+            assert str(error).startswith("x must "), error
+        else:
+            raise AssertionError(features)
+    assert KMeans(4, backend=backend).fit(torch.full((9, 4), 9e37)).objective == 0
 """
     )
 

@@ -93,7 +93,7 @@ def test_scores_are_made_in_blocks_of_rows(num_labels, monkeypatch):
     result = KMeans(100, niter=1).fit(torch.randn(3000, 4, generator=seeded(0)))
     rows.clear()
     result.predict(torch.randn(3000, 4, generator=seeded(1)), num_labels)
-    assert sum(rows) == 3000
+    assert 3000 <= sum(rows) < 3300  # a few are looked at again
     assert max(rows) <= 1024
 
 
@@ -104,8 +104,8 @@ def test_scores_are_made_in_blocks_of_rows(num_labels, monkeypatch):
         (torch.ones(2), 1, ValueError, "x must have 2 dimensions"),
         (torch.ones(4, 2).long(), 1, TypeError, "x must be float16, bfloat16, float32 or float64, got torch.int64"),
         ([[1.0, 2.0]], 1, TypeError, "x must be a torch.Tensor, got list"),
-        (torch.full((4, 2), 1e20), 1, ValueError, "x must be small enough for float32"),
-        (torch.full((4, 2), 1e300, dtype=torch.float64), 1, ValueError, "x must be small enough for float32"),
+        (torch.full((4, 2), 2e38), 1, ValueError, r"x must hold values below 1e\+38, which float32 can subtract, got 2e\+38"),
+        (torch.full((4, 2), 1e300, dtype=torch.float64), 1, ValueError, r"x must hold values below 1e\+38"),
         (torch.ones(4, 2), 4, ValueError, "num_labels must be at most the number of centroids, 3, got 4"),
         (torch.ones(4, 2), 0, ValueError, "num_labels must be at least 1, got 0"),
         (torch.ones(4, 2), 1.0, TypeError, "num_labels must be an int, got float"),

@@ -23,6 +23,14 @@ def sharded(features):
     return ShardedPoints(features, torch.arange(len(features)), RankRows(None, [len(features)]))
 
 
+def lloyd(features, num_clusters, seed=0, run=0):
+    """A run on these features after its start."""
+    points = sharded(features)
+    started = torch_engine._Lloyd(points, num_clusters, False, *torch_engine._frame(points, False))
+    started.start(seed, run, None)
+    return started
+
+
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize(("rows", "width", "num_clusters"), [(600, 8, 60), (900, 2, 30), (400, 16, 130), (200, 1, 9)])
 def test_what_is_left_out_changes_nothing(rows, width, num_clusters, spherical):
@@ -54,12 +62,11 @@ def test_most_of_the_work_is_left_out(monkeypatch):
 
 def test_a_row_looked_at_again_forgets_what_its_bound_was():
     features = spread(600, 8)
-    lloyd = torch_engine._Lloyd(sharded(features), 60, False)
-    lloyd._init_centroids(0, 0, None)
-    lloyd.bound += 100  # no score beats that: every row looks at all centroids
-    lloyd._reassign(torch.zeros(60, dtype=torch.bool))
-    scores = (features - lloyd.origin) @ lloyd.centroids.T - lloyd.centroids.square().sum(1) / 2
-    assert torch.allclose(lloyd.bound, scores.topk(2).values[:, 1], atol=1e-4)
+    started = lloyd(features, 60)
+    started.bound += 100  # no score beats that: every row looks at all centroids
+    started._reassign(torch.zeros(60, dtype=torch.bool))
+    scores = (features - started.origin) @ started.centroids.T - started.centroids.square().sum(1) / 2
+    assert torch.allclose(started.bound, scores.topk(2).values[:, 1], atol=1e-4)
 
 
 def test_a_run_ends_when_no_label_changes_or_the_objective_stands_still():
@@ -79,7 +86,7 @@ def test_a_run_ends_when_no_label_changes_or_the_objective_stands_still():
 
 def test_the_best_of_several_runs_is_kept():
     features = spread(400, 4)
-    single = [torch_engine._Lloyd(sharded(features), 40, False).run(20, 0, 7, run, None).objectives[-1] for run in range(4)]
+    single = [lloyd(features, 40, 7, run).run(20, 0, 7, run).objectives[-1] for run in range(4)]
     best = KMeans(40, backend="torch", seed=7, nredo=4, tol=0).fit(features)
     assert len(set(single)) > 1
     assert best.report.objectives[-1] == min(single)
@@ -90,9 +97,8 @@ def test_the_start_is_spread_over_the_data():
     features, groups = blobs(clusters=64, each=20, width=8)
     found = []
     for seed in range(5):
-        lloyd = torch_engine._Lloyd(sharded(features), 64, False)
-        lloyd._init_centroids(seed, 0, None)
-        found.append(len(groups[torch.cdist(lloyd.centroids + lloyd.origin, features).argmin(1)].unique()))
+        started = lloyd(features, 64, seed)
+        found.append(len(groups[torch.cdist(started.centroids + started.origin, features).argmin(1)].unique()))
     assert sum(found) / 5 > 54
 
 
@@ -101,7 +107,7 @@ def test_a_draw_takes_each_row_once(features, monkeypatch):
     drawn = []
     real = ShardedPoints.smallest
     monkeypatch.setattr(ShardedPoints, "smallest", lambda *args: (drawn.append(real(*args)[1]), real(*args))[1])
-    torch_engine._Lloyd(sharded(features), 50, False)._init_centroids(0, 0, None)
+    lloyd(features, 50)
     assert torch.cat(drawn).sort().values.tolist() == list(range(50))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import in_new_process
+from helpers import assert_equal, in_new_process
 
 CODE = """
 import sys
@@ -83,22 +83,6 @@ out["encode"] = teacher.encode(texts[3:7]), teacher.encode([])
 out["pca"] = PCA.fit([rows[:20], rows[20:]], 2)(rows)
 torch.save(out, f"{folder}/{default}.pt")
 """
-
-
-def assert_equal(one, other):
-    if isinstance(one, torch.Tensor):
-        assert (one.dtype, one.device) == (other.dtype, other.device)
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_equal(one[name], other[name])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal(a, b)
-    else:
-        assert one == other
 
 
 @pytest.fixture(scope="module")

@@ -68,3 +68,20 @@ def draws_as_recorded():
     """Whether K-means draws the random numbers here that it drew where results were recorded: torch 2.4 draws others."""
     numbers = torch.empty(4).exponential_(generator=seeded(0))
     return torch.allclose(numbers, torch.tensor(RECORDED_DRAW), atol=1e-4)
+
+
+def assert_equal(one, other):
+    """Tensors, and what lists, tuples and dicts have in them, are equal bit for bit, of one dtype and on one device."""
+    if isinstance(one, torch.Tensor):
+        assert (one.dtype, one.device) == (other.dtype, other.device)
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_equal(one[name], other[name])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == other
