@@ -444,7 +444,7 @@ def test_a_single_caption_is_not_a_list_of_characters(tmp_path):
 
 
 def test_a_file_has_no_encoder_for_streams():
-    with pytest.raises(ValueError, match=r"encode needs a teacher made by TeacherAdapter\.from_encoder"):
+    with pytest.raises(ValueError, match=r"encode needs a teacher made by from_encoder or from_captions"):
         TeacherAdapter.from_tensor(spread()).encode(["a cat"])
 
 
