@@ -12,7 +12,7 @@ from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
-from .misuse import warn_of_lengths, warn_of_one_projection
+from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
 from .prototype_holder import PrototypeHolder
 from .relational_distillation import check_distillation, distillation_share
 from .settings import ObjectiveSettings
@@ -182,10 +182,13 @@ class ProtoLoss(PrototypeHolder):
                 "ids": ids is not None,
                 **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
             },
+            like=image_features,
+            digest=None if self.was_called else lambda: digest(index, image_features),
         )
         if not self.was_called:
             self.was_called = True
             projected = {"image_features_projected": image_features_projected, "text_features_projected": text_features_projected}
+            warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
             warn_of_one_projection(image_features_projected, text_features_projected)
         zero = scale.detach().new_zeros(())

@@ -28,7 +28,7 @@ else:
 class StateTensor(Tensor, _Checkpointable):
     """A nested state that is a uint8 tensor to whoever takes it for one, and ``state["name"]`` to whoever reads it.
 
-    * safetensors, ``accelerator.save_model`` and tensor operations see its bytes, which are written when they are first asked for.
+    * safetensors, ``accelerator.save_model`` and tensor operations see its bytes, written when they are first asked for.
     * ``torch.save`` writes the nested state, and so does ``torch.distributed.checkpoint``: as one object of any size, which a
       fresh module can read.
     * A running average of weights leaves it alone (timm's ModelEma and others go over all of ``state_dict()``): a state has no
