@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import is_transformed
 from ..distributed import Group, active_group, validate_rows
 from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_in_graph
@@ -217,6 +218,11 @@ class ProtoLoss(PrototypeHolder):
         if not self._is_set:
             raise RuntimeError(
                 "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
+            )
+        if is_transformed() and not self.needs_episodes:
+            raise NotImplementedError(
+                "online prototypes take each batch in, which no function that torch.func transforms may do: call backward(), or "
+                "set the prototypes of an episode"
             )
         scale = check_pairs(image, text, logit_scale, self.settings.check_values if self.settings.w_clip else False)
         batch.check(image)

@@ -73,7 +73,9 @@ def a_mesh_is_its_group(rank, world_size, folder):
     assert copy.deepcopy(loss).process_group is loss.process_group
     plane = init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("dp", "tp"))
     for make in (InfoNCE, ProtoLoss, partial(KMeans, 2), partial(EpisodicClusterer, 2)):
-        with pytest.raises(ValueError, match=r"one dimension of a DeviceMesh.*such as mesh\['dp'\], got a mesh with 2 dimensions"):
+        with pytest.raises(
+            ValueError, match=r"one dimension of a DeviceMesh.*such as mesh\['dp'\], got a mesh with 2 dimensions"
+        ):
             make(process_group=plane)
     with pytest.raises(ValueError, match=r"get_group\(0\).*\(1, 2\)|get_group\(0\).*\(2, 2\)"):
         InfoNCE(process_group=init_device_mesh("cpu", (world_size // 2, 2)))
