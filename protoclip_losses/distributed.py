@@ -13,34 +13,23 @@ of the whole batch, and the mean of the gradients, which DDP takes, is the gradi
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import _checks
+
 Group = Any  # torch.distributed.ProcessGroup; not importable from builds without distributed
 T = TypeVar("T")
 Signature = Callable[[], Mapping[str, object]]  # what must be equal on all ranks, by name
-
-
-def check_process_group(process_group: Group | bool | None) -> Group | bool | None:
-    """Raise TypeError unless this is None (the default group), False (stay local) or a process group; return it."""
-    if process_group is None or process_group is False:
-        return process_group
-    if dist.is_available() and (
-        isinstance(process_group, dist.ProcessGroup) or process_group is dist.GroupMember.NON_GROUP_MEMBER
-    ):
-        return process_group
-    raise TypeError(
-        "process_group must be None (the default group), False (this process alone) or a torch.distributed.ProcessGroup, "
-        f"got {process_group!r}"
-    )
+check_process_group = _checks.process_group
 
 
 def active_group(process_group: Group | bool | None) -> Group | None:
     """The group to talk to; None for one process: nothing is initialised, the group has one member, or ``False`` was given."""
-    check_process_group(process_group)
+    process_group = check_process_group(process_group)
     if process_group is False or not dist.is_available() or not dist.is_initialized():
         return None
     group: Any = dist.group.WORLD if process_group is None else process_group
@@ -59,9 +48,16 @@ def rank(group: Group | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def collective_device(group: Group) -> torch.device:
-    """Where tensors must be for the group's collectives if they have no device of their own."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+def collective_device(group: Group, *wanted: torch.device | None) -> torch.device:
+    """Where a tensor must be for the group's collectives: the first of the ``wanted`` devices whose type the group serves.
+
+    Without one, the CPU if it is served, else the group's own device, or the present one of a type that is.
+    """
+    served = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    for device in (*wanted, torch.device("cpu"), group.bound_device_id):
+        if device is not None and device.type in served:
+            return cast(torch.device, device)
+    return torch.device(served[0], torch.get_device_module(served[0]).current_device())
 
 
 def all_gather(x: Tensor, group: Group) -> list[Tensor]:
@@ -75,10 +71,7 @@ def all_gather(x: Tensor, group: Group) -> list[Tensor]:
 def validate_on_all_ranks(check: Callable[[], T], group: Group | None, signature: Signature | None = None) -> T:
     """Run ``check`` on every rank and share the verdict: all continue, or all raise together.
 
-    Args:
-        check: raises if this rank's input is bad.
-        group: None for one process.
-        signature: what must be equal on all ranks (widths, dtypes, settings), by name: a collective would hang otherwise.
+    ``signature`` is what must be equal on all ranks (widths, dtypes, settings), by name: a collective would hang otherwise.
 
     Raises:
         Exception: on the rank whose check failed, what it raised.
@@ -93,28 +86,38 @@ def gather_sizes(rows: int, group: Group | None) -> list[int]:
 
 
 def validate_rows(
-    check: Callable[[], T], group: Group | None, rows: int, signature: Signature | None = None
+    check: Callable[[], T],
+    group: Group | None,
+    rows: int,
+    signature: Signature | None = None,
+    like: object = None,
+    digest: Callable[[], int] | None = None,
 ) -> tuple[T, "RankRows"]:
-    """:func:`validate_on_all_ranks` and :func:`gather_sizes` by one collective, for calls that belong to a training step."""
+    """:func:`validate_on_all_ranks` and :func:`gather_sizes` by one collective, for calls that belong to a training step.
+
+    A group without the CPU exchanges on the device of ``like``. ``digest`` is of what no two ranks should hold alike.
+    """
     if group is None:
         return check(), RankRows(None, [rows])
     failure: Exception | None = None
-    own_signature = ""
+    own_signature, own_digest = "", 0
     try:
         result = check()
+        own_digest = 0 if digest is None else digest()
         own_signature = "" if signature is None else json.dumps({name: repr(value) for name, value in signature().items()})
     except Exception as error:
         failure = error
-    own = torch.tensor([int(failure is not None), rows, zlib.crc32(own_signature.encode())], device=collective_device(group))
-    verdicts = torch.stack(all_gather(own, group)).tolist()
+    device = collective_device(group, torch.device("cpu"), getattr(like, "device", None))
+    numbers = int(failure is not None), rows, zlib.crc32(own_signature.encode()), own_digest
+    verdicts = torch.stack(all_gather(torch.tensor(numbers, device=device), group)).tolist()
     if failure is not None:
         raise failure
-    failed = [r for r, (has_failed, _, _) in enumerate(verdicts) if has_failed]
+    failed = [r for r, (has_failed, *_) in enumerate(verdicts) if has_failed]
     if failed:
         raise ValueError(f"bad input on rank(s) {failed}: the error raised there says which; this rank's input was fine")
-    if len({code for _, _, code in verdicts}) > 1:
+    if len({code for _, _, code, _ in verdicts}) > 1:
         raise ValueError(_difference([json.loads(text) for text in gather_strings(own_signature or "{}", group)]))
-    return result, RankRows(group, [n for _, n, _ in verdicts])
+    return result, RankRows(group, [n for _, n, *_ in verdicts], [digest for *_, digest in verdicts])
 
 
 def _difference(signatures: Sequence[Mapping[str, str]]) -> str:
@@ -129,10 +132,11 @@ class RankRows:
     Args:
         group: None for one process.
         sizes: the number of rows of each rank; unequal or zero is fine.
+        digests: of each rank's samples, where they were exchanged.
     """
 
-    def __init__(self, group: Group | None, sizes: Sequence[int]) -> None:
-        self.group, self.sizes = group, sizes
+    def __init__(self, group: Group | None, sizes: Sequence[int], digests: Sequence[int] = ()) -> None:
+        self.group, self.sizes, self.digests = group, sizes, digests
 
     @property
     def is_single(self) -> bool:
@@ -159,9 +163,7 @@ class RankRows:
         """Every rank's rows, in rank order. No gradient."""
         if self.group is None:
             return x
-        here = x.detach()
-        if dist.get_backend(self.group) == "nccl" and here.device.type == "cpu":
-            here = here.to(collective_device(self.group))
+        here = x.detach().to(collective_device(self.group, x.device))
         padded = here.new_zeros((max(self.sizes), *x.shape[1:]))
         padded[: x.shape[0]] = here
         rows = [part[:n] for part, n in zip(all_gather(padded, self.group), self.sizes, strict=True)]
@@ -234,9 +236,7 @@ def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
 def _reduced(x: Tensor, operation: str, group: Group | None) -> Tensor:
     if group is None:
         return x
-    result = x.detach().clone()
-    if dist.get_backend(group) == "nccl":
-        result = result.to(collective_device(group))
+    result = x.detach().to(collective_device(group, x.device), copy=True)
     dist.all_reduce(result, op=getattr(dist.ReduceOp, operation), group=group)
     return result.to(x.device)
 
@@ -245,6 +245,6 @@ def broadcast(x: Tensor, group: Group | None, source: int = 0) -> Tensor:
     """The tensor of the group's rank ``source``; the others pass one of the same shape and dtype."""
     if group is None:
         return x
-    there = x.contiguous().to(collective_device(group) if dist.get_backend(group) == "nccl" else x.device)
+    there = x.contiguous().to(collective_device(group, x.device))
     dist.broadcast(there, dist.get_global_rank(group, source), group=group)
     return there.to(x.device)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import assert_on_device
 
 
 def valid_mask(valid: Tensor | None, num_prototypes: int) -> None:
@@ -67,8 +68,12 @@ def mixture_weights(
     else:
         check.matrix("label_weights", weights, rows=labels.shape[0], width=labels.shape[1], of=" as labels")
         check.same_device("label_weights", weights, "labels", labels)
-        if check.values_are_checked(weights, check_values) and weights.numel() and not (0 <= float(weights.min()) < torch.inf):
-            raise ValueError(f"label_weights must not be negative, got {float(weights.min())}")
+        if not check.values_are_checked(weights, check_values):
+            assert_on_device((weights >= 0) & (weights < torch.inf))
+        elif weights.numel() and not (float(weights.min()) >= 0 and float(weights.max()) < torch.inf):
+            raise ValueError(
+                f"label_weights must not be negative, NaN or Inf, got values from {float(weights.min())} to {float(weights.max())}"
+            )
         weights = weights.detach().to(dtype)
     weights = weights if kept is None else weights.where(kept, 0)
     total = weights.sum(1, keepdim=True)

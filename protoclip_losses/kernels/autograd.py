@@ -139,13 +139,18 @@ class _TransformedKeepInGraph(_Transformed):
 def run(name: str, kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
     """Run the kernel of a public function under autograd: directly in eager mode, as an opaque operator in a traced graph."""
     chosen = operator if torch.compiler.is_compiling() else kernel
-    if chosen is kernel and any(unpack_dual(x).tangent is not None for x in inputs[:3]):  # type: ignore[no-untyped-call]
+    if chosen is kernel and any(_tangent(x) is not None for x in inputs[:3]):
         raise _no_forward_mode(name)
     if is_transformed():
         total, correct, *_ = _TransformedPrecomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
     else:
         total, correct = Precomputed.apply(name, chosen, *inputs)  # type: ignore[no-untyped-call]
     return total, correct
+
+
+def _tangent(x: Tensor) -> Tensor | None:
+    tangent: Tensor | None = unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return tangent
 
 
 def _no_forward_mode(name: str) -> NotImplementedError:

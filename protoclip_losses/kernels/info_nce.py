@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import sum_dtype
 from ..distributed import RankRows
 from . import blocks
 from .autograd import recomputed_blocks, run
@@ -142,7 +143,7 @@ class _Pass:
         right = (base - columns_lse).exp_()
         grad_image = self.scale.new_empty(self.image.shape)
         grad_texts = self.scale.new_zeros(self.texts.shape)
-        grad_scale = self.scale.new_zeros(())
+        grad_scale = self.scale.new_zeros((), dtype=sum_dtype(self.scale.device))
         buffer = self.scale.new_empty((self.chunk, self.texts.shape[0]))
         for rows in self.slices():
             z = self.image[rows]
@@ -164,7 +165,7 @@ class _Pass:
             grad_scale += (direction * z).sum()
             grad_image[rows] = direction * self.scale
             grad_texts += residual.T @ z
-        return grad_image, self.ranks.sum(grad_texts)[self.own].mul(self.scale / 2), grad_scale
+        return grad_image, self.ranks.sum(grad_texts)[self.own].mul(self.scale / 2), grad_scale.to(self.scale.dtype)
 
 
 pair_nll_operator = torch.library.custom_op(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import sum_dtype
 from . import blocks
 from .autograd import recomputed_blocks, run
 from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
@@ -43,9 +44,9 @@ def label_nll(
     deltas of masked rows must be zero, and the gradient they get must not be used.
     """
     batch, width = features.shape
-    total = scale.new_zeros(())
     correct = scale.new_zeros(())
-    grad_scale = scale.new_zeros(())
+    # Sums of many blocks: in float32 each block would cost a rounding.
+    total, grad_scale = scale.new_zeros((2,), dtype=sum_dtype(scale.device)).unbind()
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     with torch.autocast(features.device.type, enabled=False):
@@ -73,7 +74,7 @@ def label_nll(
                 torch.mul(direction, scale, out=grad_features[rows])
             if with_prototype_gradient:
                 grad_prototypes += residual.T @ (h * scale).to(features.dtype)
-    return total, correct, grad_features, grad_prototypes, grad_scale
+    return total.to(scale.dtype), correct, grad_features, grad_prototypes, grad_scale.to(scale.dtype)
 
 
 label_nll_operator = torch.library.custom_op(

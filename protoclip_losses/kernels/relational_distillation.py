@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import sum_dtype
 from .autograd import keep_in_graph, recomputed_blocks, run
 from .blocks import LogitBlocks, product_dtype, rows_per_block
 
@@ -36,7 +37,7 @@ def relation_kl(
     Features (N, D), unit rows of the teacher (N, D_E) in the dtype of the scale. Rows that are not ``known`` (N,) take no part;
     at least two are known. The second output and the teacher's gradient are empty: :class:`Precomputed` expects them.
     """
-    total, grad_scale = scale.new_zeros(()), scale.new_zeros(())
+    total, grad_scale = scale.new_zeros((2,), dtype=sum_dtype(scale.device)).unbind()  # float32 would lose digits block by block
     grad = scale.new_zeros((features.shape[0] if with_gradient else 0, features.shape[1]))
     with torch.autocast(features.device.type, enabled=False):
         logit_blocks = LogitBlocks(features, scale, min(chunk, rows))
@@ -53,7 +54,8 @@ def relation_kl(
                 grad_scale += (direction * h).sum()
                 grad[block] += direction * scale
                 grad += torch.mm(residual.T, h).to(scale.dtype) * scale
-    return total, scale.new_zeros(()), grad, scale.new_empty((0, teacher.shape[1])), grad_scale
+    unused = scale.new_zeros(()), scale.new_empty((0, teacher.shape[1]))
+    return total.to(scale.dtype), unused[0], grad, unused[1], grad_scale.to(scale.dtype)
 
 
 def _left_out(known: Tensor, block: slice) -> Tensor:

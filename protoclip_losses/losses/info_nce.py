@@ -10,7 +10,7 @@ from ..distributed import Group, RankRows, active_group, check_process_group, va
 from ..functional.info_nce import check_ids, check_pairs, check_repeats
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
-from .misuse import warn_of_lengths
+from .misuse import digest, warn_of_equal_ranks, warn_of_lengths
 from .module import LossModule
 
 
@@ -115,9 +115,12 @@ class InfoNCE(LossModule):
                 "gather_with_grad": self.gather_with_grad,
                 "repeats and ids": (self.repeats, ids is not None),
             },
+            like=image_features,
+            digest=None if self.was_called else lambda: digest(None, image_features),
         )
         if not self.was_called:
             self.was_called = True
+            warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features)
         settings = self.chunk_size, self.gather_with_grad, ids, self.repeats
         loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, *settings)

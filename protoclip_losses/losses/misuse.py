@@ -1,13 +1,16 @@
 """Mistakes that pass in silence and show in what a loss computes anyway: each is said once, as a warning that says what to do."""
 
 import math
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import may_read_values
+from .._dtypes import is_transformed, may_read_values
+from ..distributed import RankRows
 
 LENGTHS = 1 / 3, 3.0  # of a row of features that are normalised, within reason
 PER_PROTOTYPE = 10  # samples for each prototype after which an accuracy at chance is no chance
@@ -38,6 +41,27 @@ def warn_of_one_projection(image: Tensor | None, text: Tensor | None) -> None:
         )
 
 
+def digest(index: Any, features: Any) -> int:
+    """A number of a batch's sample index, or of its features without one: equal on two ranks that hold the same samples."""
+    rows = features if index is None else index.sort().values
+    if torch.compiler.is_compiling() or is_transformed() or not len(rows):
+        return 0
+    return zlib.crc32(rows.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()) or 1
+
+
+def warn_of_equal_ranks(ranks: RankRows) -> None:
+    """Warn if two ranks hold the same samples."""
+    known = [x for x in ranks.digests if x]
+    equal = [rank for rank, x in enumerate(ranks.digests) if x and known.count(x) > 1]
+    if equal:
+        check.warn(
+            f"ranks {equal} of the process group hold the same samples, so that a sample is its own negative: pass the group of "
+            "data parallelism (process_group=mesh['dp']) where ranks share a model by tensors or stages, and give each rank its "
+            "own samples (DistributedSampler) where they do not",
+            once=True,
+        )
+
+
 class UseOfPrototypes:
     """Counts of what prototypes were used for, until it is clear that they fit.
 
@@ -54,7 +78,7 @@ class UseOfPrototypes:
 
     def see(self, names: Sequence[str], counts: Tensor, correct: Sequence[Tensor], own_rows: int, rows: int) -> None:
         """A batch of ``rows`` on all ranks, with (terms,) labelled samples and hits of this one."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
             return
         self.rows += rows
         if self.num_samples is not None and self.rows - rows > EPISODES * self.num_samples:

@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import is_transformed
 from ..distributed import Group, active_group, validate_rows
 from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows
-from .misuse import warn_of_lengths, warn_of_one_projection
+from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
 from .module import untraced_if
 from .prototype_module import PrototypeModule
 from .relational_distillation import check_distillation, distillation_share
@@ -187,10 +188,13 @@ class ProtoLoss(PrototypeModule):
                 "ids": ids is not None,
                 **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
             },
+            like=image_features,
+            digest=None if self.was_called else lambda: digest(index, image_features),
         )
         if not self.was_called:
             self.was_called = True
             projected = {"image_features_projected": image_features_projected, "text_features_projected": text_features_projected}
+            warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
             warn_of_one_projection(image_features_projected, text_features_projected)
         zero = scale.detach().new_zeros(())
@@ -218,6 +222,11 @@ class ProtoLoss(PrototypeModule):
         if not self._is_set:
             raise RuntimeError(
                 "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
+            )
+        if is_transformed() and not self.needs_episodes:
+            raise NotImplementedError(
+                "online prototypes take each batch in, which no function that torch.func transforms may do: call backward(), or "
+                "set the prototypes of an episode"
             )
         scale = check_pairs(image, text, logit_scale, self.settings.check_values if self.settings.w_clip else False)
         batch.check(image)

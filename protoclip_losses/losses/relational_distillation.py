@@ -80,6 +80,7 @@ class RelationalDistillation(LossModule):
                 **collective_signature(features, teacher_features, scale=logit_scale),
                 "temperature": self.temperature,
             },
+            like=features,
         )
         return relation_share(features, teacher_features, scale, self.temperature, ranks, self.chunk_size)
 

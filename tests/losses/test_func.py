@@ -3,9 +3,10 @@
 import pytest
 import torch
 from cases import assert_near, episode, integers, leaf, unit
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from protoclip_losses import InfoNCE, ProtoLoss, RelationalDistillation
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, PrototypeLoss, RelationalDistillation
 from protoclip_losses.functional import info_nce, prototype_cross_entropy, relational_distillation, soft_targets
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -79,3 +80,75 @@ def test_a_module_called_with_other_parameters():
     model(H).backward()
     for name, x in model.named_parameters():
         assert_near(gradients[name], x.grad)
+
+
+def test_prototype_loss_with_the_targets_it_has_not_computed_yet():
+    loss = PrototypeLoss(0.3)
+    for _ in range(2):  # nothing that was computed under the transform is kept
+        got = grad(lambda h, s: loss(h, P, C, A, s), argnums=(0, 1))(H, S)
+        for own, wanted in zip(got, autograd(lambda h, s: PrototypeLoss(0.3)(h, P, C, A, s), H, S), strict=True):
+            assert_near(own, wanted)
+    assert_near(loss(H, P, C, A, S), PrototypeLoss(0.3)(H, P, C, A, S))
+
+
+def test_labels_scales_and_indices_of_many_calls_at_once():
+    labels = torch.stack([A, A.flip(0)])
+    values = vmap(lambda a: prototype_cross_entropy(H, P, a, S, targets=M))(labels)
+    scales = vmap(lambda s: prototype_cross_entropy(H, P, A, s))(torch.stack([S, 2 * S]))
+    indices = torch.stack([EPISODE.index[:11], EPISODE.index[11:22]])
+    loss = ProtoLoss(target_temperature=0.3)
+    loss.set_prototypes(EPISODE)
+    losses = vmap(lambda i: loss(H, TEXT, S, index=i))(indices)
+    for i in range(2):
+        assert_near(values[i], prototype_cross_entropy(H, P, labels[i], S, targets=M))
+        assert_near(scales[i], prototype_cross_entropy(H, P, A, (i + 1) * S))
+        assert_near(losses[i], loss(H, TEXT, S, index=indices[i]))
+
+
+@pytest.mark.parametrize("bad", [7, -2])
+def test_a_bad_label_among_many_calls(bad):
+    with pytest.raises(RuntimeError):
+        vmap(lambda a: prototype_cross_entropy(H, P, a, S))(torch.stack([A, A.index_fill(0, torch.tensor([4]), bad)]))
+
+
+SECOND = {"hessian": lambda f: hessian(f)(H, S), "jacrev twice": lambda f: jacrev(jacrev(f))(H, S)}
+FORWARD = {"jvp": lambda f: jvp(f, (H, S), (TEXT, S))[1]}
+
+
+def dual(f):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(H, TEXT), S)).tangent
+
+
+@pytest.mark.parametrize("name", ["info_nce", "hard term", "soft term", "InfoNCE", "ProtoLoss"])
+def test_what_is_not_there_is_said(name, form):
+    """Second derivatives and the forward mode: the dense form of a term has them, a kernel says what to use."""
+    if form == "dense" and "term" in name:
+        assert_near(SECOND["hessian"](CALLS[name]), SECOND["jacrev twice"](CALLS[name]))
+        assert_near(FORWARD["jvp"](CALLS[name]), (grad(CALLS[name])(H, S) * TEXT).sum() + grad(CALLS[name], argnums=1)(H, S) * S)
+        assert_near(dual(CALLS[name]), (grad(CALLS[name])(H, S) * TEXT).sum())
+        return
+    for call in (SECOND["hessian"], FORWARD["jvp"], dual):
+        with pytest.raises(NotImplementedError, match=r"no derivative in forward mode .*use grad, jacrev or backward"):
+            call(CALLS[name])
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        SECOND["jacrev twice"](CALLS[name])
+
+
+def test_online_prototypes_say_that_they_are_no_function():
+    loss = ProtoLoss()
+    loss.set_prototypes(OnlinePrototypes(3, 22, 2, 1))
+    for transform in (grad, vmap):
+        with pytest.raises(NotImplementedError, match="online prototypes take each batch in"):
+            transform(lambda h: loss(h, TEXT, S))(torch.stack([H, H]) if transform is vmap else H)
+    assert loss.prototypes.step == 0
+    loss(H, TEXT, S)
+
+
+def test_metrics_can_be_read_after_a_transform():
+    loss = ProtoLoss()
+    loss.set_prototypes(EPISODE)
+    loss(H, TEXT, S, index=EPISODE.index[:11])
+    wanted = {name: float(x) for name, x in loss.metrics.items()}
+    grad(lambda h: loss(h, TEXT, S, index=EPISODE.index[:11]))(H)
+    assert {name: float(x) for name, x in loss.metrics.items()} == wanted

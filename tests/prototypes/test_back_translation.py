@@ -268,3 +268,16 @@ def test_the_mean_of_four_million_equal_rows_is_that_row(stream):
         prototypes, _ = back_translate(labels, features, 1)
     assert prototypes.dtype == torch.float32
     assert float(prototypes) == pytest.approx(0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32], ids=["float64", "as on MPS"])
+@pytest.mark.parametrize("rows", [31, 32, 33, 1025, 40_000])
+def test_sums_of_any_number_of_rows_keep_the_digits_of_float32(rows, wide, monkeypatch):
+    """MPS has no float64: sums of sums of few rows take its place."""
+    monkeypatch.setattr("protoclip_losses.functional.back_translation.sum_dtype", lambda device: wide)
+    labels = torch.cat([torch.zeros(rows, dtype=torch.int64), integers(5, 50) - 1])[torch.randperm(rows + 50)]
+    features = 1 + 0.01 * unit(rows + 50, 3, 2, torch.float32)
+    got, counts = back_translate(labels, features, 5)
+    want, true_counts = dense.back_translate(labels, features.double(), 5)
+    assert (got - want).abs().max() < 3e-7
+    assert torch.equal(counts, true_counts)
