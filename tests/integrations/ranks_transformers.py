@@ -27,13 +27,13 @@ pairs = functools.cache(lambda: PicturePairs(ROWS))
 on_two_processes = rank_case(world_sizes=(2,), own_processes=True)
 
 
-def begun(folder, **options):
-    """A Trainer of two epochs of two steps. 21 samples, of which one process has 11."""
+def begun(folder, epochs=2, **options):
+    """A Trainer whose epochs are two steps. 21 samples, of which one process has 11."""
     rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)  # as torchrun does
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", ACCELERATE_USE_CPU="1")
     torch.manual_seed(0)
-    arguments = {"per_device_train_batch_size": 6, "save_steps": 3, "ddp_backend": "gloo"}
+    arguments = {"per_device_train_batch_size": 6, "num_train_epochs": epochs, "save_steps": 3, "ddp_backend": "gloo"}
     return trainer(folder, pairs(), arguments=arguments, **options)
 
 
@@ -120,12 +120,12 @@ def one_machine_has_no_prototypes(rank, world_size, folder):
 @on_two_processes
 def one_machine_has_prototypes_of_another_episode(rank, world_size, folder):
     folder = folder / "one_machine_has_prototypes_of_another_episode"
-    begun(folder, episode_size=16).train()
+    begun(folder, 3, episode_size=16).train()
     dist.barrier()
     own = copies(folder, rank, 3)
     if rank == 1:
-        shutil.copy(folder / "checkpoint-4" / "proto_loss.pt", own / "proto_loss.pt")
-    run = begun(folder, episode_size=16, loss=Recorded())
+        shutil.copy(folder / "checkpoint-6" / "proto_loss.pt", own / "proto_loss.pt")
+    run = begun(folder, 3, episode_size=16, loss=Recorded())
     run.train(resume_from_checkpoint=str(own))
     assert all(parts["proto_loss"] > 0.3 for _, parts in run.loss.calls)
     assert_same_on_every_rank(parameters(run))

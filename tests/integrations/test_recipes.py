@@ -1,0 +1,152 @@
+"""The code on the pages of the hosts, as it is printed."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from host_pairs import PicturePairs
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "hosts"
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return PicturePairs(ROWS)
+
+
+def blocks(page, language):
+    """The code blocks of a page, in order."""
+    found, lines = [], (PAGES / page).read_text().splitlines()
+    for start, line in enumerate(lines):
+        if line.strip() == f".. code-block:: {language}":
+            body = []
+            for text in lines[start + 2 :]:
+                if text and not text.startswith("   "):
+                    break
+                body.append(text[3:])
+            found.append("\n".join(body).strip())
+    return found
+
+
+def block(page, language, word):
+    """The one block that has a word."""
+    (found,) = [text for text in blocks(page, language) if word in text]
+    return found
+
+
+def run_script(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+@pytest.fixture
+def hf(tmp_path, pairs):
+    """Names that the page of transformers takes for granted."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    import transformers
+    from hf_trainer import training_arguments
+    from host_transformers import small_model
+
+    from protoclip_losses import OnlinePrototypes, ProtoLoss
+
+    names = {"CLIPModel": transformers.CLIPModel, "ProtoLoss": ProtoLoss, "OnlinePrototypes": OnlinePrototypes}
+    return {
+        **names,
+        "model": small_model(),
+        "args": training_arguments(tmp_path, save_steps=100),
+        "pairs": pairs,
+        "folder": tmp_path,
+    }
+
+
+def patched(diff, sign):
+    """One side of a diff."""
+    return "\n".join(line[2:] for line in diff.splitlines() if line.startswith(sign))
+
+
+def test_transformers_diff(hf):
+    diff = block("transformers.rst", "diff", "ProtoCLIPTrainer")
+    exec(patched(diff, "-"), plain := dict(hf))  # what it starts from is transformers' own
+    assert type(plain["trainer"]).__module__ == "transformers.trainer"
+    exec(patched(diff, "+"), hf)
+    hf["trainer"].train()
+    assert len(hf["trainer"].loss.prototypes.index) == ROWS
+
+
+def test_transformers_online(hf):
+    exec(patched(block("transformers.rst", "diff", "ProtoCLIPTrainer"), "+").splitlines()[0], hf)
+    exec(block("transformers.rst", "python", "OnlinePrototypes"), hf)
+    hf["trainer"].train()
+    assert hf["loss"].prototypes.step == 6
+
+
+def test_transformers_heads_of_a_saved_model(hf):
+    exec(patched(block("transformers.rst", "diff", "ProtoCLIPTrainer"), "+"), hf)
+    hf["trainer"].save_model(str(hf["folder"]))
+    saved = hf["trainer"].model.state_dict()
+    exec(block("transformers.rst", "python", "load_heads"), hf)
+    assert all(torch.equal(x, saved[name]) for name, x in hf["model"].state_dict().items())
+
+
+def test_transformers_peft(hf):
+    pytest.importorskip("peft")
+    exec(block("transformers.rst", "python", "peft"), hf)
+    exec(patched(block("transformers.rst", "diff", "ProtoCLIPTrainer"), "+"), hf)
+    before = hf["model"].proto.logit_scale_proto.detach().clone()
+    hf["trainer"].train()
+    assert not torch.equal(hf["model"].proto.logit_scale_proto, before)
+
+
+def test_transformers_script_and_its_resume(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    arguments = ("--output", tmp_path, "--rows", ROWS, "--batch-size", 8, "--save-steps", 2)
+    run_script(monkeypatch, "host_transformers.py", *arguments, "--epochs", 2)
+    assert (tmp_path / "checkpoint-6" / "proto_loss.pt").exists()
+    run_script(monkeypatch, "host_transformers.py", *arguments, "--epochs", 3, "--resume")
+    assert (tmp_path / "checkpoint-8").exists()
+
+
+def test_lightning_script_and_its_resume(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--output", tmp_path / "runs", "--rows", ROWS)
+    run_script(monkeypatch, "host_lightning.py", *arguments, "--epochs", 2)
+    first = torch.load(tmp_path / "runs" / "last.ckpt", weights_only=True)
+    run_script(monkeypatch, "host_lightning.py", *arguments, "--epochs", 3, "--resume")
+    last = torch.load(tmp_path / "runs" / "last.ckpt", weights_only=True)
+    assert (first["global_step"], last["global_step"]) == (2, 3)
+
+
+def test_lightning_online(tmp_path, pairs):
+    pytest.importorskip("lightning")
+    from host_lightning import Clip
+    from lightning.pytorch import Trainer
+    from lightning_fit import QUIET
+    from torch.utils.data import DataLoader
+
+    from protoclip_losses import OnlinePrototypes, ProtoLoss
+    from protoclip_losses.integrations.lightning import ProtoCLIPCallback
+
+    start, step = block("lightning.rst", "python", "OnlinePrototypes").split("\n\n")
+    exec(step, names := {"ProtoLoss": ProtoLoss, "OnlinePrototypes": OnlinePrototypes})
+
+    class Online(Clip):
+        project, training_step = None, names["training_step"]
+
+        def __init__(self):
+            super().__init__()
+            exec(start, {"self": self, **names})
+
+    model = Online()
+    trainer = Trainer(
+        max_epochs=2, callbacks=[ProtoCLIPCallback()], default_root_dir=tmp_path, enable_checkpointing=False, **QUIET
+    )
+    trainer.fit(model, DataLoader(pairs, 8))
+    assert model.loss.prototypes.step == 6
