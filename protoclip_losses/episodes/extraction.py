@@ -135,8 +135,11 @@ def extract(model: nn.Module, batches: Iterable[Any], project: Callable[[Any], t
         ProtoCLIP section III-D, https://arxiv.org/abs/2206.10996: features of an episode, extracted before its training.
     """
     group = active_group(None)
+    buffers = dict(model.named_buffers())
+    kinds = {"the buffers of the model": [(name, x.shape, x.dtype) for name, x in buffers.items()]}
+    validate_on_all_ranks(lambda: None, group, signature=lambda: kinds)
     if group is not None:
-        for buffer in model.buffers():
+        for buffer in buffers.values():
             buffer.copy_(broadcast(buffer, group))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -70,9 +70,10 @@ def mixture_weights(
         check.same_device("label_weights", weights, "labels", labels)
         if not check.values_are_checked(weights, check_values):
             assert_on_device((weights >= 0) & (weights < torch.inf))
-        elif weights.numel() and not (float(weights.min()) >= 0 and float(weights.max()) < torch.inf):
-            ends = f"from {float(weights.min())} to {float(weights.max())}"
-            raise ValueError(f"label_weights must not be negative, NaN or Inf, got values {ends}")
+        elif weights.numel():
+            low, high = (float(x) for x in weights.aminmax())
+            if not 0 <= low <= high < torch.inf:
+                raise ValueError(f"label_weights must not be negative, NaN or Inf, got values from {low} to {high}")
         weights = weights.detach().to(dtype)
     weights = weights if kept is None else weights.where(kept, 0)
     total = weights.sum(1, keepdim=True)

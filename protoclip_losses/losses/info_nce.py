@@ -114,6 +114,7 @@ class InfoNCE(LossModule):
                 **collective_signature(image_features, text_features, scale=logit_scale),
                 "gather_with_grad": self.gather_with_grad,
                 "repeats and ids": (self.repeats, ids is not None),
+                **(own_gradients(image_features, text_features) if self.repeats == "share" else {}),
             },
             like=image_features,
             digest=None if self.was_called else lambda: digest(None, image_features),
@@ -136,7 +137,18 @@ def num_rows(x: Any) -> int:
 def collective_signature(*features: Tensor, scale: Any) -> dict[str, object]:
     """What must be equal on all ranks to gather features and their gradients."""
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale))
-    return {"width": [x.shape[1] for x in features], "dtype": [x.dtype for x in features], "requires_grad": wanted}
+    return {
+        "width": [x.shape[1] for x in features],
+        "dtype": [x.dtype for x in features],
+        "device": [x.device.type for x in features],
+        "requires_grad": wanted,
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+    }
+
+
+def own_gradients(*features: Tensor) -> dict[str, object]:
+    """What must be equal on all ranks where a gradient of each of these is exchanged in backward."""
+    return {"requires_grad of each": [torch.is_grad_enabled() and x.requires_grad for x in features]}
 
 
 def info_nce_share(

@@ -11,7 +11,7 @@ from ..distributed import Group, active_group, validate_rows
 from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
-from .info_nce import collective_signature, info_nce_share, num_rows
+from .info_nce import collective_signature, info_nce_share, num_rows, own_gradients
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
 from .module import untraced_if
 from .prototype_module import PrototypeModule
@@ -177,6 +177,7 @@ class ProtoLoss(PrototypeModule):
                 labels = dict(first.labels)
             return scale, terms.check(batch, proto_scale), labels
 
+        exchanges_gradients = self.settings.w_distill or self.settings.repeats == "share"
         (scale, scales, labels), ranks = validate_rows(
             prepare,
             active_group(self.process_group),
@@ -186,6 +187,7 @@ class ProtoLoss(PrototypeModule):
                 "features": [(name, x.shape[1:]) for name, x in batch.by_name.items()],
                 "settings": self.settings.signature,
                 "ids": ids is not None,
+                **(own_gradients(image_features, text_features, *batch.students.values()) if exchanges_gradients else {}),
                 **({"prototypes": None} if self._prototypes is None else self._prototypes.signature()),
             },
             like=image_features,

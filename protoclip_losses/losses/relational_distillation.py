@@ -10,7 +10,7 @@ from ..distributed import Group, RankRows, active_group, check_process_group, va
 from ..functional.relational_distillation import check_relations, unit_rows
 from ..kernels.relational_distillation import relation_kl_sum
 from ..prototypes.source import BatchFeatures
-from .info_nce import collective_signature, num_rows
+from .info_nce import collective_signature, num_rows, own_gradients
 from .module import LossModule
 from .settings import ObjectiveSettings
 
@@ -79,6 +79,7 @@ class RelationalDistillation(LossModule):
             signature=lambda: {
                 **collective_signature(features, teacher_features, scale=logit_scale),
                 "temperature": self.temperature,
+                **own_gradients(features),
             },
             like=features,
         )

@@ -148,7 +148,7 @@ class TeacherAdapter:
                 check.positive_int("dim", dim)
             return check.strings("texts", texts)
 
-        captions = validate_on_all_ranks(checked, group)
+        captions = validate_on_all_ranks(checked, group, signature=lambda: {"dim": dim, "normalize": normalize, "dtype": dtype})
         record, rows = encode_over_ranks(encode, captions, path, batch_size, dtype, progress, group)
         adapter = cls(rows, encode=encode, normalize=normalize)
         if dim is not None:

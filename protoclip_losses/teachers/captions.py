@@ -172,7 +172,7 @@ def encode_own_words(
         fitted_on["texts"] = strings_digest(captions)
         return captions
 
-    captions = validate_on_all_ranks(checked, group, signature=lambda: fitted_on)
+    captions = validate_on_all_ranks(checked, group, signature=lambda: {**fitted_on, "cache": cache is not None})
 
     def fit() -> dict[str, Tensor]:
         return WordEncoder.fit(captions, dim, tokenizer=tokenizer, seed=seed).state_dict() if rank(group) == 0 else {}

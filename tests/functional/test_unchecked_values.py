@@ -1,4 +1,4 @@
-"""Values that select, where none is read to check it (an accelerator, a graph): asserted on the device."""
+"""Values that select, where none is read to check it (an accelerator, a graph), are asserted on the device."""
 
 import pytest
 import torch
