@@ -77,7 +77,7 @@ class ProjectionHead(nn.Sequential):
 
 
 def _is_local_batch_norm(layer: nn.Module) -> bool:
-    # What converts models turns BatchNorm into SyncBatchNorm. That one counts the rows of all ranks, and every rank has to call it.
+    # A converted model has SyncBatchNorm here: it counts the rows of all ranks, and every rank has to call it.
     if isinstance(layer, nn.SyncBatchNorm):
         return active_group(layer.process_group) is None
     return isinstance(layer, _BatchNorm)
@@ -137,11 +137,12 @@ def mix_in(model: nn.Module, mixin: type) -> None:
 
     The model stays an instance of its class, under the same name. It can be copied, pickled and saved whole like any other.
     """
-    model.__class__ = _mixed_class(mixin, type(model))
+    base: Any = type(model)
+    model.__class__ = _mixed_class(mixin, base)
 
 
 @functools.cache
-def _mixed_class(mixin: type, base: type) -> type:
+def _mixed_class(mixin: type, base: type) -> Any:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         reduced = super(mixed, self).__reduce_ex__(protocol)
         if type(self) is not mixed:  # a class that was made of this one, such as FSDP's
@@ -149,7 +150,7 @@ def _mixed_class(mixin: type, base: type) -> type:
         return (_new_mixed, (mixin, base), *reduced[2:])  # pickle finds a class by its name, and this one has that of the base
 
     own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "__reduce_ex__": reduce_ex}
-    mixed = type(base.__name__, (mixin, base), own)
+    mixed: Any = type(base.__name__, (mixin, base), own)
     return mixed
 
 

@@ -1,6 +1,5 @@
 """open_clip's own trainer on real pictures: what it does unmodified, and what it does with ProtoLoss in its loss's place."""
 
-import logging
 import os
 import re
 import subprocess
@@ -15,88 +14,31 @@ pytest.importorskip("open_clip")
 pytest.importorskip("pandas")  # open_clip's training code needs more than open_clip does
 import open_clip
 from cases import assert_near
-from host_data import write_csv
-from open_clip_step import add_tiny_model, one_step, triples
+from open_clip_runs import (
+    BATCH,
+    HEADS,
+    ROWS,
+    STILL,
+    arguments,
+    assert_same,
+    assert_same_end,
+    checkpoint,
+    csv,
+    log,
+    logged,
+    train,
+    webdataset,
+)
+from open_clip_step import one_step, triples
 from open_clip_train import main as host
 from open_clip_train.params import parse_args
-from pair_files import emoji_with_groups, write_shards
 
-from protoclip_losses import ProtoLoss
-from protoclip_losses.integrations.open_clip import Launcher, add_heads, main, parse_arguments
+from protoclip_losses import ProjectionHeads, ProtoLoss
+from protoclip_losses.integrations.open_clip import Launcher, add_heads, join_heads, main, parse_arguments
 from protoclip_losses.integrations.open_clip.data import IndexedBatches
 
 COMMAND = Path(__file__).parents[2] / "examples" / "host_open_clip.sh"
-ROWS, BATCH = 48, 16
-HEADS = ["--proto-head-dim", "8", "--proto-head-hidden-dim", "16"]
-# What makes a run depend on nothing but the order of its samples: no random crop.
-STILL = ["--aug-cfg", "scale=(1.0, 1.0)"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_model(tmp_path_factory):
-    add_tiny_model(tmp_path_factory.mktemp("configs"))
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    return write_csv(tmp_path_factory.mktemp("csv"), ROWS)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    pattern, captions = write_shards(tmp_path_factory.mktemp("shards"), emoji_with_groups()[0])
-    return pattern, len(captions)
-
-
-def arguments(logs, name, *more):
-    fixed = [
-        "--model",
-        "tiny",
-        "--device",
-        "cpu",
-        "--batch-size",
-        BATCH,
-        "--warmup",
-        1,
-        "--lr",
-        1e-3,
-        "--precision",
-        "fp32",
-        "--log-every-n-steps",
-        1,
-    ]
-    return [str(a) for a in [*fixed, "--logs", logs, "--name", name, *more]]
-
-
-def csv(table, *more):
-    return ["--dataset-type", "csv", "--train-data", table, "--workers", 0, "--epochs", 2, *more]
-
-
-def webdataset(shards, *more):
-    return ["--dataset-type", "webdataset", "--train-data", shards[0], "--train-num-samples", shards[1], "--workers", 2, *more]
-
-
-def train(entry, *argv):
-    """Run a trainer; its log handlers, which open_clip adds to the root logger for good, are taken away again."""
-    before = logging.root.handlers[:]
-    try:
-        entry(arguments(*argv))
-    finally:
-        logging.root.handlers[:] = before
-
-
-def checkpoint(logs, name, epoch):
-    return torch.load(logs / name / "checkpoints" / f"epoch_{epoch}.pt", weights_only=False)
-
-
-def logged(logs, name, what):
-    return [float(x) for x in re.findall(rf"{what}: ([\d.]+)", (logs / name / "out.log").read_text())]
-
-
-def assert_equal_weights(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.mark.parametrize(
@@ -108,33 +50,37 @@ def assert_equal_weights(one, other):
         ["--accum-freq", "3"],
         ["--siglip", "--force-custom-text"],
         ["--lock-image"],
+        ["--lock-text", "--lock-text-freeze-layer-norm", "--grad-checkpointing"],
+        ["--distill-model", "tiny", "--distill-pretrained", "itself"],
     ],
     ids=" ".join,
 )
-def test_weight_zero_ends_in_the_weights_of_an_unmodified_run_bit_for_bit(tmp_path, table, more):
+def test_weight_zero_ends_in_the_checkpoint_of_an_unmodified_run_bit_for_bit(tmp_path, table, more):
+    torch.save(open_clip.create_model("tiny").state_dict(), tmp_path / "teacher.pt")
+    more = [tmp_path / "teacher.pt" if word == "itself" else word for word in more]
     train(host.main, tmp_path, "theirs", *csv(table, *more))
     train(main, tmp_path, "ours", "--proto-weight", 0, *HEADS, *csv(table, *more))
-    theirs, ours = (checkpoint(tmp_path, name, 2)["state_dict"] for name in ("theirs", "ours"))
-    heads = {name for name in ours if name.startswith("proto.")}
-    assert_equal_weights({name: x for name, x in ours.items() if name not in heads}, theirs)
-    assert heads
+    theirs, ours = (checkpoint(tmp_path, name, 2) for name in ("theirs", "ours"))
+    assert ours.pop("protoclip")["heads"].keys() == ProjectionHeads(32).state_dict().keys()
+    assert_same({**ours, "name": "theirs"}, theirs)
     start = open_clip.create_model("tiny").state_dict()
-    assert not torch.equal(start["logit_scale"], theirs["logit_scale"])  # something was trained
+    assert not torch.equal(start["logit_scale"], theirs["state_dict"]["logit_scale"])  # something was trained
 
 
 def test_webdataset_with_accumulation_in_bfloat16(tmp_path, shards):
     flags = ["--accum-freq", 2, "--precision", "amp_bf16", "--local-loss", "--gather-with-grad", "--epochs", 2]
     train(main, tmp_path, "run", "--proto-num-prototypes", 6, *HEADS, *webdataset(shards, *flags))
     saved = checkpoint(tmp_path, "run", 2)
-    before = checkpoint(tmp_path, "run", 1)["state_dict"]
-    moved = [name for name, x in saved["state_dict"].items() if name.startswith("proto.") and not torch.equal(x, before[name])]
-    assert {"proto.logit_scale_proto", "proto.image.0.weight", "proto.text.3.weight"} <= set(moved)
-    assert len(saved["optimizer"]["state"]) == sum(p.requires_grad for p in add_heads(new_model(), 8, 16).parameters())
+    heads, before = saved["protoclip"]["heads"], checkpoint(tmp_path, "run", 1)["protoclip"]["heads"]
+    moved = [name for name, x in heads.items() if not torch.equal(x, before[name])]
+    assert {"logit_scale_proto", "image.0.weight", "text.3.weight"} <= set(moved)
+    states = join_heads(saved)["optimizer"]["state"]
+    assert len(states) == sum(p.requires_grad for p in add_heads(new_model(), 8, 16).parameters())
     losses = logged(tmp_path, "run", "Proto_loss")
     half = len(losses) // 2
     assert losses[:half] == [0.0] * half  # the first epoch is warm-up
     assert all(0.5 < x < 4 for x in losses[half:])
-    assert re.search(r"Episode 1: \d+ samples, 6 prototypes of each kind", (tmp_path / "run" / "out.log").read_text())
+    assert re.search(r"Episode 1: \d+ samples, 6 prototypes of each kind", log(tmp_path, "run"))
 
 
 def new_model():
@@ -147,7 +93,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, shards):
     common = ["--proto-num-prototypes", 6, *HEADS, *webdataset(shards, "--epochs", 3, *STILL)]
     train(main, tmp_path, "whole", *common)
     train(main, tmp_path, "rest", "--resume", tmp_path / "whole" / "checkpoints" / "epoch_1.pt", *common)
-    assert_equal_weights(checkpoint(tmp_path, "rest", 3)["state_dict"], checkpoint(tmp_path, "whole", 3)["state_dict"])
+    assert_same_end(tmp_path, "rest", "whole", 3)
     assert len(logged(tmp_path, "rest", "Proto_loss")) < len(logged(tmp_path, "whole", "Proto_loss"))
 
 
@@ -161,7 +107,7 @@ def test_online_mode_takes_each_training_sample_once_and_the_data_as_they_are(tm
     third = len(losses) // 3
     assert losses[:third] == [0.0] * third  # warm-up is the first epoch
     assert all(0.5 < x < 4 for x in losses[third:])
-    assert "Episode" not in (tmp_path / "run" / "out.log").read_text()
+    assert "Episode" not in log(tmp_path, "run")
     state = torch.load(tmp_path / "run" / "checkpoints" / "epoch_3.online_0_of_1", weights_only=True)["prototypes"]
     steps = len(losses)
     assert (state["step"], state["calls"], state["seen"]) == (steps, 2 * steps, 2 * BATCH * steps)
@@ -192,7 +138,7 @@ def test_an_online_run_killed_and_resumed_ends_where_an_uninterrupted_one_does(t
         train(main, tmp_path, "rest", *common)
     dies.clear()
     train(main, tmp_path, "rest", "--resume", "latest", *common)
-    assert_equal_weights(checkpoint(tmp_path, "rest", 4)["state_dict"], checkpoint(tmp_path, "whole", 4)["state_dict"])
+    assert_same_end(tmp_path, "rest", "whole", 4)
     files = [f"epoch_{epoch}{kind}" for epoch, kind in ((3, ".online_0_of_1"), (4, ".online_0_of_1"), (4, ".pt"))]
     for name in ("whole", "rest"):
         assert sorted(file.name for file in (tmp_path / name / "checkpoints").iterdir()) == files
@@ -204,7 +150,7 @@ def test_a_checkpoint_without_a_queue_is_gone_on_with(tmp_path, table):
     train(main, tmp_path, "episodes", *HEADS, *csv(table, "--epochs", 1))
     first = tmp_path / "episodes" / "checkpoints" / "epoch_1.pt"
     train(main, tmp_path, "online", "--resume", first, *ONLINE, *csv(table, "--epochs", 2, "--proto-warmup-steps", 2))
-    assert "the queue begins empty" in (tmp_path / "online" / "out.log").read_text()
+    assert "the queue begins empty" in log(tmp_path, "online")
     assert logged(tmp_path, "online", "Proto_loss")[-1] > 0.5
 
 
@@ -323,7 +269,7 @@ def test_the_command_of_the_documentation(tmp_path, shards):
     losses = logged(tmp_path, "run", "Proto_loss")
     assert losses[0] == 0
     assert losses[-1] > 0.1
-    assert "proto.text.0.weight" in checkpoint(tmp_path, "run", 2)["state_dict"]
+    assert "text.0.weight" in checkpoint(tmp_path, "run", 2)["protoclip"]["heads"]
 
 
 def test_the_scale_is_clamped_after_each_step(tmp_path):
@@ -332,14 +278,19 @@ def test_the_scale_is_clamped_after_each_step(tmp_path):
 
 
 def test_what_cannot_work_is_refused():
-    for flags in (["--trace"], ["--torchscript"], ["--horovod"], ["--distill-model", "tiny"], ["--proto-wieght", "1"]):
+    for flags in (["--trace"], ["--torchscript"], ["--horovod"], ["--model", "coca_ViT-B-32"], ["--proto-wieght", "1"]):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "tiny", *flags])
     for teacher in (["file.npy"], ["words=file.npy", "--proto-online"]):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "tiny", "--proto-teacher", *teacher])
-    with pytest.raises(TypeError, match="CLIP or CustomTextCLIP, got Linear"):
-        add_heads(torch.nn.Linear(2, 2))
+    for wrong, name in (
+        (torch.nn.Linear(2, 2), "Linear"),
+        (torch.compile(new_model()), "OptimizedModule"),
+        (add_heads(new_model(), 8, 16), "CLIP with heads"),
+    ):
+        with pytest.raises(TypeError, match=f"model must be open_clip's CLIP or CustomTextCLIP, without heads .* got {name}$"):
+            add_heads(wrong)
 
 
 def test_the_model_stays_what_it_was():

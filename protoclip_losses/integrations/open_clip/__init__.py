@@ -1,7 +1,17 @@
 """open_clip 3.3: its own trainer with ProtoLoss instead of its loss; run it with ``python -m``."""
 
 from .arguments import parse_arguments
+from .checkpoint import join_heads, parameter_names, separate_heads
 from .launcher import Launcher, main
 from .model import OpenClipLoss, add_heads
 
-__all__ = ["Launcher", "OpenClipLoss", "add_heads", "main", "parse_arguments"]
+__all__ = [
+    "Launcher",
+    "OpenClipLoss",
+    "add_heads",
+    "join_heads",
+    "main",
+    "parameter_names",
+    "parse_arguments",
+    "separate_heads",
+]

@@ -48,7 +48,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     if options.proto_online and options.proto_teacher:
         p.error("--proto-teacher needs episodes: in online mode samples have no number")
     args = require("open_clip_train.params", "open-clip").parse_args(rest)
-    for refused in ("horovod", "trace", "torchscript", "distill_model"):
+    for refused in ("horovod", "trace", "torchscript"):
         if getattr(args, refused):
             p.error(f"--{refused.replace('_', '-')} cannot be combined with ProtoLoss")
+    if "coca" in args.model.lower():  # open_clip's own question
+        p.error(f"--model must be a CLIP, got {args.model}: CoCa, which also captions, cannot be combined with ProtoLoss")
     return options, rest

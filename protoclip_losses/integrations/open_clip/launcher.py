@@ -4,14 +4,15 @@
 
 An epoch of open_clip is an episode: before it, one pass over the epoch's samples in eval mode, K-means and back translation.
 With ``--proto-online`` there are no episodes: prototypes come from a queue of recent features, and the data pipeline is
-unchanged. open_clip's package is not modified; four functions that its ``main`` calls are replaced while it runs.
+unchanged. open_clip's package is not modified; functions that its ``main`` calls are replaced while it runs.
 """
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +24,22 @@ from ...losses import ProtoLoss
 from ...prototypes import EpisodicClusterer, Prototypes
 from ...teachers import TeacherAdapter
 from .arguments import parse_arguments
-from .data import number_samples
+from .checkpoint import (
+    ResumedOptimizer,
+    checkpoint_to_resume,
+    load_pretrained_heads,
+    parameter_names,
+    separate_heads,
+    unwrapped,
+    without_heads,
+)
+from .data import number_samples, read_teachers
 from .model import OpenClipLoss, add_heads
 from .online import load_state, online_prototypes, save_state
 
 
 class Launcher:
-    """Replacements for four functions of ``open_clip_train.main``, each of which calls the original.
+    """Replacements for functions that ``open_clip_train.main`` calls, each of which calls the original.
 
     **Use it when:** you start open_clip's trainer from Python; from a shell, ``python -m`` runs this package.
     **Not when:** you have a loop of your own: :func:`add_heads` and :class:`~protoclip_losses.ProtoLoss` are enough.
@@ -42,34 +52,43 @@ class Launcher:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.host = require("open_clip_train.main", "open-clip")
-        names = ("create_model_and_transforms", "get_data", "create_loss", "train_one_epoch")
+        names = ("create_model_and_transforms", "get_data", "create_loss", "train_one_epoch", "pt_load")
         self.original = {name: getattr(self.host, name) for name in names}
-        given = options.proto_teacher or ()
-        self.teachers = {name: TeacherAdapter.from_file(file, options.proto_teacher_dim) for name, file in given}
-        self.has_terms = options.proto_weight > 0 or (bool(self.teachers) and options.proto_weight_external > 0)
+        self.teachers: dict[str, TeacherAdapter] = {}  # read when the number of samples is known
+        given = options.proto_teacher and options.proto_weight_external > 0
+        self.has_terms = options.proto_weight > 0 or bool(given)
+        self.model: Any = None
+        self.optimizer: Any = None
 
-    def create_model_and_transforms(self, *args: Any, **kwargs: Any) -> Any:
-        """The model with heads."""
-        model, *transforms = self.original["create_model_and_transforms"](*args, **kwargs)
-        o = self.options
-        add_heads(model, o.proto_head_dim, o.proto_head_hidden_dim, o.proto_head_norm)
-        # Without terms, no zero gradients either: one more zero in the norm of all gradients can change its rounding.
-        model.proto.requires_grad_(self.has_terms)
+    def create_model_and_transforms(self, name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
+        """The model with heads, those of ``--pretrained`` if it has some. A second model is the one to distill from."""
+        model, *transforms = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
+        if self.model is None:
+            o = self.options
+            self.model = add_heads(model, o.proto_head_dim, o.proto_head_hidden_dim, o.proto_head_norm)
+            # Without terms, no zero gradients either: one more zero in the norm of all gradients can change its rounding.
+            model.proto.requires_grad_(self.has_terms)
+            if pretrained and os.path.isfile(pretrained):
+                load_pretrained_heads(model.proto, pretrained)
         return model, *transforms
+
+    def pt_load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """The checkpoint of ``--resume``, with heads among its entries."""
+        return checkpoint_to_resume(self.original["pt_load"](path, *args, **kwargs), self.model.proto, path)
 
     def get_data(self, args: Any, *rest: Any, **kwargs: Any) -> Any:
         """The data, with an index per training sample if there will be prototypes of episodes."""
         data = self.original["get_data"](args, *rest, **kwargs)
         if "train" in data and self.has_terms and not self.options.proto_online:
-            if self.teachers and data["train"].shared_epoch is not None:
-                raise ValueError("--proto-teacher needs --dataset-type csv: samples of a WebDataset have no row number")
+            if self.options.proto_teacher:
+                self.teachers = read_teachers(self.options, data["train"])
             data["train"] = number_samples(data["train"], args.seed, args.accum_freq)
         return data
 
     def create_loss(self, args: Any) -> OpenClipLoss:
         """ProtoLoss. open_clip's own loss computes the contrastive part if it is asked to, or if there is no other part."""
         o = self.options
-        keep = o.proto_keep_loss or args.siglip or not self.has_terms
+        keep = o.proto_keep_loss or args.siglip or args.distill or not self.has_terms
         proto = ProtoLoss(
             w_clip=0.0 if keep else 1.0,
             w_proto=o.proto_weight,
@@ -93,8 +112,7 @@ class Launcher:
         tb_writer: Any = None,
     ) -> None:
         """One episode: prototypes, then open_clip's own pass over the same samples. In online mode that pass alone."""
-        module = getattr(model, "_orig_mod", model)  # of torch.compile, and below it DDP
-        module = getattr(module, "module", module)
+        module, self.optimizer = unwrapped(model), optimizer
         online = self.has_terms and self.options.proto_online
         clusters = self.has_terms and not online and epoch >= self.options.proto_warmup_epochs
         loss.batches = data["train"].dataloader if clusters else None
@@ -135,14 +153,37 @@ class Launcher:
 
     @contextmanager
     def installed(self) -> Iterator[Any]:
-        """``open_clip_train.main`` with the four functions replaced; they are put back at the end."""
-        for name in self.original:
-            setattr(self.host, name, getattr(self, name))
-        try:
+        """``open_clip_train.main`` with the functions replaced; they are put back at the end."""
+        factory = require("open_clip.factory", "open-clip")
+        read, save, load_optimizer = factory.load_state_dict, torch.save, torch.optim.Optimizer.load_state_dict
+
+        def save_separated(saved: Any, *args: Any, **kwargs: Any) -> None:
+            if isinstance(saved, dict) and saved.keys() >= {"epoch", "state_dict", "optimizer"}:
+                saved = separate_heads(saved, parameter_names(self.model, self.optimizer))
+            save(saved, *args, **kwargs)
+
+        def load_resumed(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            if isinstance(state, ResumedOptimizer):
+                state = state.of(parameter_names(self.model, optimizer))
+            load_optimizer(optimizer, state)
+
+        with ExitStack() as stack:
+            for name in self.original:
+                stack.enter_context(_replaced(self.host, name, getattr(self, name)))
+            stack.enter_context(_replaced(factory, "load_state_dict", lambda *a, **k: without_heads(read(*a, **k))))
+            stack.enter_context(_replaced(torch, "save", save_separated))
+            stack.enter_context(_replaced(torch.optim.Optimizer, "load_state_dict", load_resumed))
             yield self.host
-        finally:
-            for name, function in self.original.items():
-                setattr(self.host, name, function)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

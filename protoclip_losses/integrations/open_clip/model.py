@@ -34,7 +34,10 @@ def add_heads(model: Any, dim: int = 128, hidden_dim: int = 2048, norm: str = "b
     """
     open_clip = require("open_clip", "open-clip")
     if type(model) not in (open_clip.CLIP, open_clip.CustomTextCLIP):
-        raise TypeError(f"model must be open_clip's CLIP or CustomTextCLIP, got {type(model).__name__}")
+        raise TypeError(
+            "model must be open_clip's CLIP or CustomTextCLIP, without heads and not yet compiled, wrapped or sharded, got "
+            f"{type(model).__name__}{' with heads' if hasattr(model, 'proto') else ''}"
+        )
     weight = next(model.parameters())
     with torch.no_grad():
         width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.int64, device=weight.device)).shape[1]
@@ -64,14 +67,14 @@ class OpenClipLoss(nn.Module):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = True, **outputs: Any
     ) -> dict[str, Tensor]:
         """The parts of the loss, each already weighted."""
+        teacher = {name: outputs.pop(name) for name in [*outputs] if name.startswith("dist_")}  # of open_clip's distillation
         scale = outputs.pop("logit_scale_proto").mean()  # under --accum-freq one entry per batch, all equal
         index = None if self.batches is None else self.batches.index().to(image_features.device)
         features = (image_features, text_features, logit_scale)
         parts: Any = self.proto(*features, logit_scale_proto=scale, index=index, output_dict=True, **outputs)
         if self.pair is not None:
             bias = {"logit_bias": outputs["logit_bias"]} if "logit_bias" in outputs else {}
-            parts["contrastive_loss"] = (
-                parts["contrastive_loss"] + self.pair(*features, output_dict=True, **bias)["contrastive_loss"]
-            )
+            pair = self.pair(*features, output_dict=True, **bias, **teacher)
+            parts |= {**pair, "contrastive_loss": parts["contrastive_loss"] + pair["contrastive_loss"]}
         result: dict[str, Tensor] = parts
         return result

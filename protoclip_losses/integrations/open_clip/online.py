@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...distributed import active_group, gather_sizes
+from ...distributed import active_group, gather_sizes, validate_on_all_ranks
 from ...losses import ProtoLoss
 from ...prototypes import OnlinePrototypes
 
@@ -35,29 +35,46 @@ def save_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
     """Write this rank's state after ``epoch`` epochs next to open_clip's checkpoints; delete states whose checkpoint is gone.
 
     open_clip writes its checkpoint on the first rank, after this: the previous epoch's state stays, for a run killed in between.
+    What one rank cannot write is an error on all, which would wait for it at open_clip's barrier.
     """
     if not args.logs or args.logs.lower() == "none":
         return
     folder = Path(args.checkpoint_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _file(folder, epoch, args)
-    partial = file.with_name(f"{file.name}.partial")
-    torch.save(loss.get_extra_state(), partial)
-    os.replace(partial, file)
-    for old in range(1, epoch - 1):
-        if not (folder / f"epoch_{old}.pt").exists():
-            _file(folder, old, args).unlink(missing_ok=True)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _file(folder, epoch, args)
+        partial = file.with_name(f"{file.name}.partial")
+        torch.save(loss.get_extra_state(), partial)
+        os.replace(partial, file)
+        for old in range(1, epoch - 1):
+            if not (folder / f"epoch_{old}.pt").exists():
+                _file(folder, old, args).unlink(missing_ok=True)
+
+    validate_on_all_ranks(write, active_group(None))
 
 
 def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
-    """Resume from the state that was saved with the checkpoint; unless every rank has one, all start with an empty queue."""
+    """Resume from the state that was saved with the checkpoint; unless every rank has one, all start with an empty queue.
+
+    Raises:
+        ValueError: a state of other settings, or of another step than those of other ranks; on all ranks if on one.
+    """
     if not args.resume or not epoch:
         return
     file = _file(Path(args.resume).parent, epoch, args)
-    if all(gather_sizes(int(file.exists()), active_group(None))):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        assert loss.prototypes is not None  # the launcher has set those of its options
-        loss.prototypes.load_state_dict(state.get("prototypes") or state["online"])  # raises if the settings are others
-        loss.set_extra_state(state)
-    else:
+    group = active_group(None)
+    if not all(gather_sizes(int(file.exists()), group)):
         logging.warning(f"No {file} on every process: the queue begins empty, and prototypes after its warm-up")
+        return
+    online = loss.prototypes
+    assert isinstance(online, OnlinePrototypes)  # the launcher has set those of its options
+
+    def load() -> Any:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        online.load_state_dict(state.get("prototypes") or state["online"])
+        return state
+
+    # Ranks whose steps differ would cluster at different times, and wait for each other.
+    state = validate_on_all_ranks(load, group, lambda: {"the step of the queue": online.step, "prototypes": online.version})
+    loss.set_extra_state(state)

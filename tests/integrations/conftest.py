@@ -1,0 +1,28 @@
+"""Data that the tests of several hosts read."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+    """48 pairs in open_clip's csv form."""
+    from host_data import write_csv
+
+    return write_csv(tmp_path_factory.mktemp("csv"), 48)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """(pattern, number of samples) of a WebDataset."""
+    from pair_files import emoji_with_groups, write_shards
+
+    pattern, captions = write_shards(tmp_path_factory.mktemp("shards"), emoji_with_groups()[0])
+    return pattern, len(captions)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """open_clip's model "tiny"."""
+    from open_clip_step import add_tiny_model
+
+    add_tiny_model(tmp_path_factory.mktemp("configs"))
