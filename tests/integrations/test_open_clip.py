@@ -284,8 +284,13 @@ def test_what_cannot_work_is_refused():
     for teacher in (["file.npy"], ["words=file.npy", "--proto-online"]):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "tiny", "--proto-teacher", *teacher])
-    with pytest.raises(TypeError, match=r"open_clip's CLIP or CustomTextCLIP, .* got Linear"):
-        add_heads(torch.nn.Linear(2, 2))
+    for wrong, name in (
+        (torch.nn.Linear(2, 2), "Linear"),
+        (torch.compile(new_model()), "OptimizedModule"),
+        (add_heads(new_model(), 8, 16), "CLIP with heads"),
+    ):
+        with pytest.raises(TypeError, match=f"model must be open_clip's CLIP or CustomTextCLIP, without heads .* got {name}$"):
+            add_heads(wrong)
 
 
 def test_the_model_stays_what_it_was():

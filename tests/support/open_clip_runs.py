@@ -35,7 +35,7 @@ def train(entry, *argv):
 
 
 def in_an_order_of_its_own(monkeypatch):
-    """Let the order of samples depend on the epoch: open_clip saves no state of the generator that shuffles a table."""
+    """Let an epoch's order depend on its number alone: open_clip saves no state of the generator that shuffles a table."""
     original = host.train_one_epoch
 
     def train_one_epoch(model, data, loss, epoch, *rest, **more):
