@@ -61,6 +61,7 @@ class KMeansResult:
 
         Example:
             >>> import torch
+            >>> from protoclip_losses import KMeans
             >>> result = KMeans(3).fit(torch.tensor([[0.0], [1.0], [5.0]]))
             >>> result.centroids[result.predict(torch.tensor([[0.9], [6.0]]), num_labels=2)].squeeze(2)
             tensor([[1., 0.],
