@@ -10,12 +10,12 @@ SAMPLED_CENTROIDS = 31  # fewer, as it is taken for each batch
 SMALLEST_LENGTH, LARGEST_LENGTH = 1e-13, 1e18  # float32 holds their squares, with room for sums
 
 
-def sampled_positions(total: int) -> Tensor:
-    """SAMPLED_ROWS of the positions of ``total`` rows, or all: int64, sorted, each once, on the CPU, the same in every call."""
-    if total <= SAMPLED_ROWS:
+def sampled_positions(total: int, count: int = SAMPLED_ROWS) -> Tensor:
+    """``count`` of the positions of ``total`` rows, or all: int64, sorted, each once, on the CPU, the same in every call."""
+    if total <= count:
         return torch.arange(total, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
-    drawn: Tensor = torch.unique(torch.randint(total, (SAMPLED_ROWS,), generator=generator, device="cpu"))
+    drawn: Tensor = torch.unique(torch.randint(total, (count,), generator=generator, device="cpu"))
     return drawn
 
 

@@ -9,7 +9,7 @@ from .._dtypes import sum_dtype
 from ..distributed import RankRows, rank
 from ..functional.back_translation import segment_mean, segment_sum
 from .assign import BLOCK_ROWS
-from .origin import LARGEST_LENGTH, sampled_positions
+from .origin import LARGEST_LENGTH, SAMPLED_ROWS, sampled_positions
 
 LARGEST = 1e38  # differences of such values are below the largest of float32
 
@@ -87,9 +87,9 @@ class ShardedPoints:
         chosen = positions[order[keys[order].isfinite()]].sort().values
         return self._rows_at(chosen, own), chosen
 
-    def sample(self) -> Tensor:
-        """A sample of the points of all ranks, (m, D) float32, the same on every rank."""
-        positions = sampled_positions(self.total).to(self.position.device)
+    def sample(self, count: int) -> Tensor:
+        """Up to ``count`` of the points of all ranks, (m, D) float32, the same on every rank."""
+        positions = sampled_positions(self.total, min(count, SAMPLED_ROWS)).to(self.position.device)
         return self._rows_at(positions, torch.arange(len(self.position), device=self.position.device))
 
     def _rows_at(self, positions: Tensor, own: Tensor) -> Tensor:

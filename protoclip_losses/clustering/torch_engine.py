@@ -24,7 +24,7 @@ SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
 
 def kmeans(points: ShardedPoints, num_clusters: int, config: KMeansConfig) -> EngineResult:
     """The best of ``nredo`` runs on ``config.device``, where the points are."""
-    origin, dtype = _frame(points, config.spherical)
+    origin, dtype = _frame(points, num_clusters, config.spherical)
     results = []
     for run in range(config.nredo if config.init is None else 1):
         lloyd = _Lloyd(points, num_clusters, config.spherical, origin, dtype)
@@ -37,9 +37,10 @@ def kmeans(points: ShardedPoints, num_clusters: int, config: KMeansConfig) -> En
     return min(results, key=lambda result: result.objectives[-1])
 
 
-def _frame(points: ShardedPoints, spherical: bool) -> tuple[Tensor, torch.dtype]:
+def _frame(points: ShardedPoints, num_clusters: int, spherical: bool) -> tuple[Tensor, torch.dtype]:
     """The origin of scores and the dtype that holds them, the same on all ranks: float32, unless it cannot square the values."""
-    own, sample, wide = points.points, points.sample(), sum_dtype(points.points.device)
+    own, wide = points.points, sum_dtype(points.points.device)
+    sample = points.sample(num_clusters + 1)  # no more is sent than centroids are
     parts = torch.split(own, BLOCK_ROWS)
     lengths = torch.cat([row_lengths(part) for part in parts])
     lengths = lengths[lengths > 0]

@@ -46,7 +46,7 @@ def label_nll(
     batch, width = features.shape
     correct = scale.new_zeros(())
     # Sums of many blocks: in float32 each block would cost a rounding.
-    total, grad_scale = scale.new_zeros((2,), dtype=sum_dtype(scale.device)).unbind()
+    total, grad_scale = (scale.new_zeros((), dtype=sum_dtype(scale.device)) for _ in range(2))
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     with torch.autocast(features.device.type, enabled=False):

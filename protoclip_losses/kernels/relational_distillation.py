@@ -37,7 +37,9 @@ def relation_kl(
     Features (N, D), unit rows of the teacher (N, D_E) in the dtype of the scale. Rows that are not ``known`` (N,) take no part;
     at least two are known. The second output and the teacher's gradient are empty: :class:`Precomputed` expects them.
     """
-    total, grad_scale = scale.new_zeros((2,), dtype=sum_dtype(scale.device)).unbind()  # float32 would lose digits block by block
+    total, grad_scale = (
+        scale.new_zeros((), dtype=sum_dtype(scale.device)) for _ in range(2)
+    )  # float32 would lose digits block by block
     grad = scale.new_zeros((features.shape[0] if with_gradient else 0, features.shape[1]))
     with torch.autocast(features.device.type, enabled=False):
         logit_blocks = LogitBlocks(features, scale, min(chunk, rows))

@@ -215,7 +215,7 @@ def test_the_origin_is_the_mean_unless_that_is_far_from_the_rows():
 def test_float64_is_used_where_float32_would_round_distances_away():
     def dtype_of(x, spherical=False):
         points = ShardedPoints(x, torch.arange(len(x)), RankRows(None, [len(x)]))
-        origin, dtype = torch_engine._frame(points, spherical)
+        origin, dtype = torch_engine._frame(points, K, spherical)
         run = torch_engine._Lloyd(points, K, spherical, origin, dtype)
         run.start(0, 0, None)
         return torch.float64 if dtype == torch.float64 or run.rounding_hides_distances() else torch.float32

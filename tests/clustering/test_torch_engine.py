@@ -26,7 +26,7 @@ def sharded(features):
 def lloyd(features, num_clusters, seed=0, run=0):
     """A run on these features after its start."""
     points = sharded(features)
-    started = torch_engine._Lloyd(points, num_clusters, False, *torch_engine._frame(points, False))
+    started = torch_engine._Lloyd(points, num_clusters, False, *torch_engine._frame(points, num_clusters, False))
     started.start(seed, run, None)
     return started
 
