@@ -1,11 +1,15 @@
-"""ProjectionHead."""
+"""The heads, and what puts them into a model."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from cases import assert_near, unit
 from torch import nn
 
-from protoclip_losses import ProjectionHead
+from protoclip_losses import ProjectionHead, ProjectionHeads
+from protoclip_losses.heads import mix_in
 
 LAYER = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "sync": nn.SyncBatchNorm}
 
@@ -75,3 +79,93 @@ def test_every_parameter_gets_a_gradient():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         ProjectionHead(**{"in_dim": 4, **arguments})
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_one_row_is_normalised_by_the_running_statistics_in_training(num_layers):
+    head = ProjectionHead(in_dim=6, out_dim=3, hidden_dim=8, num_layers=num_layers).double()
+    head(unit(9, 6))
+    before = {name: x.clone() for name, x in head.named_buffers()}
+    z = unit(1, 6, 1).requires_grad_()
+    out = head(z)
+    out.square().sum().backward()
+    assert z.grad.norm() > 0
+    assert all(p.grad is not None for p in head.parameters())
+    assert_near(out, head.eval()(z))
+    assert all(torch.equal(x, before[name]) for name, x in head.named_buffers())
+
+
+def test_no_row_leaves_batch_statistics_as_they_are():
+    head = ProjectionHead(in_dim=6, out_dim=3, hidden_dim=8)
+    assert head(torch.zeros(0, 6)).shape == (0, 3)
+    assert torch.equal(head[1].running_mean, torch.zeros(8))
+
+
+def test_two_rows_are_what_batch_norm_makes_of_them():
+    head = ProjectionHead(in_dim=6, out_dim=3, hidden_dim=8)
+    assert torch.equal(head(z := torch.randn(2, 6)), nn.Sequential(*head)(z))
+    assert head[1].num_batches_tracked == 2
+
+
+def test_one_row_in_a_converted_model():
+    """As open_clip's --use-bn-sync and Lightning's sync_batchnorm convert it; on one process it is an ordinary BatchNorm."""
+    heads = nn.SyncBatchNorm.convert_sync_batchnorm(ProjectionHeads(6, 3, 8))
+    assert isinstance(heads.text[1], nn.SyncBatchNorm)
+    out = heads(torch.randn(1, 6), torch.randn(1, 6))
+    assert out["text_features_projected"].shape == (1, 3)
+
+
+def test_any_number_of_rows_compiles_without_a_break():
+    head = ProjectionHead(in_dim=6, out_dim=3, hidden_dim=8)
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    for rows in (1, 5, 6):
+        assert compiled(torch.randn(rows, 6)).shape == (rows, 3)
+
+
+class Doubled:
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved:
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_mixin_changes_one_model_and_not_its_class():
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    mix_in(model, Doubled)
+    x = torch.randn(4, 3)
+    assert torch.equal(model(x), 2 * other(x))
+    assert type(other) is nn.Linear
+    assert isinstance(model, nn.Linear)
+    assert (type(model).__name__, type(model).__module__) == (nn.Linear.__name__, nn.Linear.__module__)
+    second = nn.Linear(3, 2)
+    mix_in(second, Doubled)
+    assert type(second) is type(model)
+    mix_in(second, Halved)
+    second.load_state_dict(model.state_dict())
+    assert torch.equal(second(x), other(x))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_model_with_a_mixin_is_copied_and_pickled(protocol):
+    model = nn.Linear(3, 2)
+    mix_in(model, Doubled)
+    model.remark = "kept"
+    x = torch.randn(4, 3)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model, protocol))):
+        assert type(other) is type(model)
+        assert torch.equal(other(x), model(x))
+        assert other.remark == "kept"
+
+
+def test_a_class_made_of_a_mixed_one_is_not_taken_for_it():
+    """FSDP2 and torch's parametrizations change the class again."""
+    model = nn.Linear(3, 2)
+    mix_in(model, Doubled)
+    model.__class__ = type("Sharded", (type(model),), {})
+    assert type(copy.deepcopy(model)).__name__ == "Sharded"
+    with pytest.raises((pickle.PicklingError, AttributeError), match="Sharded"):
+        pickle.dumps(model)

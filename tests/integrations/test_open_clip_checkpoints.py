@@ -12,6 +12,7 @@ from open_clip_runs import (
     BATCH,
     HEADS,
     ROWS,
+    STILL,
     assert_same,
     assert_same_end,
     checkpoint,
@@ -55,6 +56,12 @@ def runs(tmp_path_factory, table):
     file.parent.mkdir(parents=True)
     torch.save(old, file)
     return folder
+
+
+def accuracy(output, target, topk):
+    """open_clip 3.3's own does not run with NumPy 2.4, which makes no number of an array of one."""
+    hits = output.topk(max(topk), 1)[1] == target[:, None]
+    return [float(hits[:, :k].sum()) for k in topk]
 
 
 def steps_by_name(saved, names):
@@ -217,7 +224,7 @@ def test_heads_of_other_sizes_are_not_resumed(runs, table, tmp_path):
 @pytest.mark.parametrize("opt", ["timm/adamw", "timm/lookahead_adamw"])
 def test_other_optimizers(table, tmp_path, monkeypatch, opt):
     in_an_order_of_its_own(monkeypatch)
-    common = csv(table, "--opt", opt, "--beta1", 0.9, "--beta2", 0.99)
+    common = csv(table, "--opt", opt, "--beta1", 0.9, "--beta2", 0.99, "--eps", 1e-8, *STILL)
     train(main, tmp_path, "whole", *TERMS, *common)
     first = checkpoint_file(tmp_path, "whole", 1)
     train(host.main, tmp_path, "plain", "--resume", first, *common)
@@ -237,7 +244,7 @@ def test_evaluation_by_both_trainers_gives_the_same(runs, table, tmp_path, monke
         Image.open(picture).save(folder / f"{i}.png")
     data = ["--imagenet-val", tmp_path / "imagenet", "--val-data", table, "--dataset-type", "csv", "--workers", 0, "--epochs", 1]
     file = checkpoint_file(runs, "ours", 1)
-    monkeypatch.setattr(open_clip_train.zero_shot, "accuracy", lambda output, target, topk: accuracy(output, target, (1, 2)))
+    monkeypatch.setattr(open_clip_train.zero_shot, "accuracy", accuracy)
     results = []
     for name, entry, options in (
         ("plain", host.main, ["--pretrained", file]),
@@ -245,12 +252,9 @@ def test_evaluation_by_both_trainers_gives_the_same(runs, table, tmp_path, monke
         ("resumed", main, [*HEADS, "--resume", file]),
     ):
         train(entry, tmp_path, name, *options, *data)
-        results.append(log(tmp_path, name).split("Eval Epoch: ")[-1].split("imagenet-zeroshot")[1].split("epoch:")[0])
-    assert "clip_val_loss" in results[0]
+        results.append([logged(tmp_path, name, what) for what in ("val-top1", "val-top5", "clip_val_loss", "text_to_image_R@5")])
+    assert all(len(values) == 1 for values in results[0])
     assert results[0] == results[1] == results[2]
-
-
-accuracy = open_clip_train.zero_shot.accuracy
 
 
 def test_distillation_with_prototypes(table, tmp_path, runs):

@@ -64,7 +64,7 @@ def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
         return
     file = _file(Path(args.resume).parent, epoch, args)
     group = active_group(None)
-    if not all(gather_sizes(int(file.exists()), group)):
+    if not all(gather_sizes(int(validate_on_all_ranks(file.exists, group)), group)):
         logging.warning(f"No {file} on every process: the queue begins empty, and prototypes after its warm-up")
         return
     online = loss.prototypes
