@@ -74,7 +74,7 @@ def test_what_the_page_prints_runs(tmp_path, table, logs, monkeypatch, language,
     name = [] if "--name" in text else ["--name", "new"]
     data = [str(a) for a in csv(table) if a not in ("--epochs", 2)]
     rest = shlex.join([*FIXED.split(), "--batch-size", "16", *epochs, *name, *data, *own])
-    words = shlex.split(text.replace(REST, rest))
+    words = shlex.split(text.replace(REST, rest).replace("\\\n", " "))
     assert words[:2] == ["python", "-m"]
     monkeypatch.setattr(sys, "argv", words[2:])
     handlers = list(host.logging.root.handlers)

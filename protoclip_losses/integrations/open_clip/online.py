@@ -71,7 +71,10 @@ def load_state(loss: ProtoLoss, epoch: int, args: Any) -> None:
     assert isinstance(online, OnlinePrototypes)  # the launcher has set those of its options
 
     def load() -> Any:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises of many kinds
+            raise ValueError(f"--resume: {file} must hold the state of a queue, and cannot be read: {error}") from error
         online.load_state_dict(state.get("prototypes") or state["online"])
         return state
 
