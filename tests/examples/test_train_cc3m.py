@@ -284,7 +284,7 @@ def test_a_teacher_file_has_a_row_per_training_pair(table: str, tmp_path: Path) 
     rows = np.stack([np.bincount([ord(c) % 32 for c in caption], minlength=32) for caption in captions])
     np.save(right, rows.astype(np.float16))
     written = run(*arguments, "--run-dir", str(tmp_path / "b"), "--teacher", str(right), "--teacher-width", "8")
-    assert "by image, text, right" in written
+    assert "pairs by right, once for all episodes" in written
     hard = next(record for record in records(tmp_path / "b") if record["proto_external_loss"] > 0)
     soft_targets = ["--external-target-temperature", "1"]
     run(*arguments, "--run-dir", str(tmp_path / "c"), "--teacher", str(right), "--teacher-width", "8", *soft_targets)
