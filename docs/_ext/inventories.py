@@ -38,6 +38,7 @@ CLASSES = {
         "torch.dtype": "tensor_attributes.html",
         "torch.nn.Module": "generated/torch.nn.Module.html",
         "torch.nn.Sequential": "generated/torch.nn.Sequential.html",
+        "torch.optim.Optimizer": "optim.html",
     },
     "numpy": {"numpy.ndarray": "reference/generated/numpy.ndarray.html"},
 }
@@ -46,6 +47,7 @@ CLASSES = {
 ALIASES = {
     "torch.nn.modules.module.Module": "torch.nn.Module",
     "torch.nn.modules.container.Sequential": "torch.nn.Sequential",
+    "torch.optim.optimizer.Optimizer": "torch.optim.Optimizer",
 }
 
 

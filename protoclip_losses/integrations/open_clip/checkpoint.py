@@ -27,6 +27,7 @@ def separate_heads(checkpoint: Mapping[str, Any], names: Names | None = None) ->
             what it is, and open_clip's ``--resume`` refuses it.
 
     Example:
+        >>> from protoclip_losses.integrations.open_clip import separate_heads
         >>> import torch
         >>> entries = {"visual.proj": torch.ones(2), "proto.logit_scale_proto": torch.ones(1)}
         >>> saved = separate_heads({"epoch": 2, "state_dict": entries})
@@ -48,6 +49,7 @@ def join_heads(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     A checkpoint of 0.6 or 0.7.0, which has them there, and one of open_clip, which has none, come back as they are.
 
     Example:
+        >>> from protoclip_losses.integrations.open_clip import join_heads
         >>> import torch
         >>> beside = {"format": 1, "heads": {"logit_scale_proto": torch.ones(1)}}
         >>> list(join_heads({"state_dict": {"module.visual.proj": torch.ones(2)}, "protoclip": beside})["state_dict"])
