@@ -7,6 +7,7 @@ from .._dtypes import sum_dtype
 
 SAMPLED_ROWS = 255  # the median of so many is a tenth of the rows' standard deviation from that of all
 SAMPLED_CENTROIDS = 31  # fewer, as it is taken for each batch
+NEAR = 3.0  # median distances from the median within which a mean is among the rows
 SMALLEST_LENGTH, LARGEST_LENGTH = 1e-13, 1e18  # float32 holds their squares, with room for sums
 
 
@@ -31,7 +32,7 @@ def robust_origin(mean: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     median = sample.sort(0).values[middle]  # not Tensor.median, which has no deterministic form on CUDA
     lengths = torch.linalg.vector_norm(torch.cat([sample, mean[None].to(sample.dtype)]) - median, dim=1, dtype=wide)
     spread = lengths[:-1].sort().values[middle]
-    return mean.where(lengths[-1] <= spread, median).float(), spread
+    return mean.where(lengths[-1] <= NEAR * spread, median).float(), spread
 
 
 def centroid_origin(centroids: Tensor) -> Tensor:
