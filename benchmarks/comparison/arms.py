@@ -21,24 +21,31 @@ class Settings:
     side: int = 24  # of the pictures, in pixels, as the image encoder sees them
     drawings: str = "all"  # "all", or "one" of each concept
     method: str = "clip"  # "clip", "episodic" or "online"
-    # Prototypes are recomputed before every `cluster_every`-th pass, from features extracted for it ("extracted"), or from the
-    # features that the previous training pass computed anyway ("training").
+    episode_size: int = 0  # samples of an episode; 0: every training picture, so that an episode is a pass
+    # Prototypes are recomputed before every `cluster_every`-th episode, from features extracted for it ("extracted"), or from
+    # the features that training in the previous episode computed anyway ("training").
     features: str = "extracted"
     cluster_every: int = 1
-    warmup_passes: int = 1
-    last_passes: int = 0  # at the end, with InfoNCE only
+    warmup_passes: float = 1
+    last_passes: float = 0  # at the end, with InfoNCE only
     num_prototypes: int = 250
     target_temperature: float = 0.01  # 0: hard targets
     w_proto: float = 1.0
-    w_external: float = 0.0  # weight of the prototype terms with MiniLM as external teacher
+    teacher: str = "minilm"  # "minilm", "words" (of the training captions), or "both"
+    w_external: float = 0.0  # weight of the prototype terms of the teacher
+    teacher_clusters: str = "episode"  # the teacher is clustered in every "episode", or once, all samples: "whole"
+    teacher_prototypes: int = 0  # 0: num_prototypes
+    teacher_dim: int = 128  # of the words
+    labels_per_sample: int = 1  # nearest centroids of the teacher
     external_target_temperature: float = 0.0
     back_translation: bool = True
     normalize_prototypes: bool = False
     head_width: int = 512
     head_norm: str = "batch"
-    distill: str = "none"  # "cosine" or "relational": distillation from the same teacher, without prototypes
+    distill: str = "none"  # "relational": distillation of the same teacher
     w_distill: float = 1.0
     distill_temperature: float = 0.1
+    repeats: str = "none"  # what pairs with the same caption are to each other in InfoNCE: "mask" or "share"
     # For the study of grouping: the angle in degrees between the spaces of image and text features, and whether each concept
     # has its "own" captions or, "shuffled", those of another concept.
     gap: float = 0.0
@@ -47,10 +54,13 @@ class Settings:
 
 
 class Schedule:
-    """Which passes use prototypes, and which of them start with a new clustering."""
+    """Which of the episodes use prototypes, and which of them start with a new clustering."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.first, self.end = settings.warmup_passes, settings.passes - settings.last_passes
+    def __init__(self, settings: Settings, samples: int) -> None:
+        self.episode_size = settings.episode_size or samples
+        self.episodes = round(settings.passes * samples / self.episode_size)
+        self.first = round(settings.warmup_passes * samples / self.episode_size)
+        self.end = self.episodes - round(settings.last_passes * samples / self.episode_size)
         self.every = settings.cluster_every
 
     def with_prototypes(self, number: int) -> bool:
@@ -60,9 +70,9 @@ class Schedule:
         return self.with_prototypes(number) and (number - self.first) % self.every == 0
 
 
-def is_evaluated(passes_done: int, passes: int) -> bool:
-    """After the first two passes, after every second one, and at the end."""
-    return passes_done <= 2 or passes_done % 2 == 0 or passes_done == passes
+def is_evaluated(done: int, episodes: int) -> bool:
+    """After the first two episodes, after every second one, and at the end."""
+    return done <= 2 or done % 2 == 0 or done == episodes
 
 
 def apart(out: dict[str, Tensor], degrees: float) -> dict[str, Tensor]:
@@ -97,19 +107,3 @@ def shuffled_captions(pairs: Pairs) -> list[str]:
     order = sorted(first)
     other = dict(zip(order, order[1:] + order[:1], strict=True))
     return [first[other[concept]] for concept in pairs.concepts.tolist()]
-
-
-def distillation(out: dict[str, Tensor], teacher: Tensor, settings: Settings) -> Tensor:
-    r"""Plain distillation of a teacher's features t, averaged over the image and the text head.
-
-    cosine: :math:`1 - h \cdot t`. relational: :math:`\mathrm{KL}(\mathrm{softmax}(t t^T / \tau)\,\|\,
-    \mathrm{softmax}(s_p h h^T))` over the other samples of the batch.
-    """
-    t = F.normalize(teacher, dim=1)
-    heads = [out["image_features_projected"], out["text_features_projected"]]
-    if settings.distill == "cosine":
-        return torch.stack([1 - (h * t).sum(1).mean() for h in heads]).mean()
-    others = ~torch.eye(len(t), dtype=torch.bool)
-    target = (t @ t.T / settings.distill_temperature)[others].view(len(t), -1).softmax(1)
-    logits = [(out["logit_scale_proto"] * h @ h.T)[others].view(len(t), -1) for h in heads]
-    return torch.stack([F.kl_div(x.log_softmax(1), target, reduction="batchmean") for x in logits]).mean()

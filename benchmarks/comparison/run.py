@@ -27,15 +27,14 @@ import protoclip_losses
 
 from ..speed.measure import machine
 from .arms import Settings
-from .emoji_styles import load, splits
-from .metrics import COLUMNS
-from .train import load_teacher, train
+from .data import DATA, file_of, plan_data
+from .train import load_minilm, train
 
 KEY = ("arm", "seed", "settings")
 ABOUT = ("arm", "seed", "settings", "version", "machine", "finished")
 CLOCK = ("pass", "samples", "wall_s", "cpu_s")
 STAGES = tuple(f"cpu_{stage}_s" for stage in ("extraction", "clustering", "training", "back_translation", "loss"))
-FIELDS = (*ABOUT, *CLOCK, *STAGES, *COLUMNS)
+FIELDS = (*ABOUT, *CLOCK, *STAGES)  # and the columns of the data set
 
 
 class Run(NamedTuple):
@@ -79,7 +78,7 @@ def finished(table: Path) -> set[tuple[str, ...]]:
         return {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
 
 
-def append(table: Path, run: Run, rows: Iterable[dict[str, Any]]) -> None:
+def append(table: Path, run: Run, rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """Append the rows of a run, all or none and only once; safe with several processes writing to one table."""
     about = {
         **dict(zip(KEY, run.key, strict=True)),
@@ -91,7 +90,7 @@ def append(table: Path, run: Run, rows: Iterable[dict[str, Any]]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         if run.key in finished(table):
             return
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, (*FIELDS, *columns))
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
@@ -99,15 +98,20 @@ def append(table: Path, run: Run, rows: Iterable[dict[str, Any]]) -> None:
             writer.writerow({**about, **short})
 
 
-def run_one(run: Run, data: Path, table: Path) -> str:
+def run_one(run: Run, data: str, file: Path, table: Path) -> str:
     """Train and evaluate one run and append it to the table; return a line for the log."""
     torch.set_num_threads(1)
-    rows = list(train(Settings(**run.changed), run.seed, data))
-    append(table, run, rows)
+    rows = list(train(Settings(**run.changed), run.seed, file, DATA[data]))
+    append(table, run, rows, DATA[data].columns)
     last = rows[-1]
     shown = ("zero_shot_group", "zero_shot_subgroup", "linear_probe_group", "image_to_text_recall@5", "ami_subgroup")
-    figures = ", ".join(f"{name} {last[f'validation/{name}']:.3f}" for name in shown)
+    figures = ", ".join(f"{name} {last[f'validation/{name}']:.3f}" for name in shown if f"validation/{name}" in last)
     return f"{run.arm} {run.seed}: {last.get('cpu_s', 0):.0f} s CPU, {last.get('wall_s', 0):.0f} s wall; validation {figures}"
+
+
+def needs_minilm(settings: Settings) -> bool:
+    """Whether an arm has a teacher that is a pretrained model."""
+    return settings.teacher != "words" and (settings.w_external > 0 or settings.distill != "none")
 
 
 def main() -> None:
@@ -118,7 +122,7 @@ def main() -> None:
     )
     p.add_argument("plan", type=Path)
     p.add_argument("table", type=Path, help="CSV file to append the rows to")
-    p.add_argument("--data", type=Path, default=Path("runs/emoji.npz"), help="file written by benchmarks.comparison.emoji_styles")
+    p.add_argument("--data", type=Path, help="file of the pictures; without it runs/emoji.npz, or the other data set of the plan")
     p.add_argument("--arms", nargs="+", help="run only these arms of the plan")
     p.add_argument("--seeds", type=int, nargs="+", help="use these seeds, not the plan's")
     p.add_argument("--jobs", type=int, default=1, help="number of runs in parallel, one thread each")
@@ -128,15 +132,17 @@ def main() -> None:
     done = finished(args.table)
     pending = [run for run in runs if run.key not in done]
     print(f"{len(runs)} runs planned, {len(pending)} left", flush=True)
-    if any(run.changed.get("w_external") or run.changed.get("distill") for run in pending):
+    data = plan_data(json.loads(args.plan.read_text()))
+    file = file_of(data, args.data)
+    if any(needs_minilm(Settings(**run.changed)) for run in pending):
         # Encode the captions once, before there are several processes that would all do it.
-        pairs = load(args.data)
-        load_teacher(list(pairs.subset(splits(pairs)["train"]).captions), args.data)
+        pairs = DATA[data].load(file)
+        load_minilm(list(pairs.subset(DATA[data].splits(pairs)["train"]).captions), file)
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the workers read this when they start
     start = time.time()
     # Spawn: a forked process would inherit torch's thread pools in an undefined state.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_one, run, args.data, args.table) for run in pending]
+        futures = [pool.submit(run_one, run, data, file, args.table) for run in pending]
         for number, future in enumerate(as_completed(futures), 1):
             hours = (time.time() - start) / 3600
             print(f"{time.strftime('%H:%M')} {number}/{len(pending)}, {hours:.1f} h: {future.result()}", flush=True)

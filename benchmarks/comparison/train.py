@@ -19,21 +19,30 @@ from encoders import DualEncoder, WordHash, build_model, minilm_encoder
 from torch import Tensor
 from train_cc3m import learning_rate, parameter_groups
 
-from protoclip_losses import EpisodeSampler, EpisodicClusterer, FeatureBank, OnlinePrototypes, ProtoLoss, TeacherAdapter
+from protoclip_losses import (
+    Clustering,
+    EpisodeSampler,
+    EpisodicClusterer,
+    FeatureBank,
+    OnlinePrototypes,
+    Prototypes,
+    ProtoLoss,
+    TeacherAdapter,
+)
+from protoclip_losses.functional import caption_ids
 
-from .arms import Schedule, Settings, apart, distillation, is_evaluated, one_each, shuffled_captions
-from .emoji_styles import load, splits
-from .metrics import Evaluation
+from .arms import Schedule, Settings, apart, is_evaluated, one_each, shuffled_captions
+from .data import DataSet
 
-EXTRACTION, TRAINING = 0, 1  # phases of a pass, each with its own random augmentation
+EXTRACTION, TRAINING = 0, 1  # phases of an episode, each with its own random augmentation
 PROJECTION = 128  # width of the projected features and of the teacher's features
 WORDS = 16  # captions are truncated to this length; nine of ten are not longer
 
 
-def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]:
-    """Train, and yield a row of metrics after each pass where :func:`is_evaluated`; the last row holds the full set."""
-    pairs = load(data)
-    rows = splits(pairs)
+def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[dict[str, Any]]:
+    """Train, and yield a row of metrics after each episode where :func:`is_evaluated`; the last row holds the full set."""
+    pairs = data.load(file)
+    rows = data.splits(pairs)
     train_pairs = pairs.subset(rows["train"])
     captions = list(train_pairs.captions) if settings.captions == "own" else shuffled_captions(train_pairs)
     chosen = one_each(train_pairs) if settings.drawings == "one" else torch.arange(len(train_pairs))
@@ -43,19 +52,25 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     # bfloat16 makes the convolutions twice as fast but not the text encoder; the losses are in float32.
     model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
     tokens = inputs.tokenize(captions)[chosen]
-    evaluation = Evaluation(pairs, rows, inputs, settings.judged_on)
+    evaluation = data.evaluation(pairs, rows, inputs, settings.judged_on)
+    del pairs, train_pairs
     if settings.passes == 0:
         yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
         return
-    wants_teacher = settings.w_external > 0 or settings.distill != "none"
-    teachers = {"minilm": TeacherAdapter.from_tensor(load_teacher(captions, data)[chosen])} if wants_teacher else {}
+    clock, step, schedule = Clock(), 0, Schedule(settings, len(pool))
+    with clock.stage("clustering"):
+        teachers = load_teachers(settings, captions, file, chosen)
     uses_heads = settings.method != "clip" or settings.distill != "none"
+    ids = None if settings.repeats == "none" else caption_ids([captions[row] for row in chosen.tolist()])
 
     width = 2 * PROJECTION if settings.gap else PROJECTION
-    steps_per_pass = -(-len(pool) // settings.batch_size)
+    steps_per_episode = -(-schedule.episode_size // settings.batch_size)
     loss = ProtoLoss(
         w_proto=settings.w_proto,
         w_external=settings.w_external,
+        w_distill=settings.w_distill if settings.distill != "none" else 0.0,
+        distill_temperature=settings.distill_temperature,
+        repeats=None if ids is None else settings.repeats,
         target_temperature=settings.target_temperature,
         external_target_temperature=settings.external_target_temperature,
         back_translation=settings.back_translation,
@@ -63,14 +78,14 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
     )
     loss.set_prototypes(None)
     if settings.method == "online":
-        warmup = settings.warmup_passes * steps_per_pass
-        every = settings.cluster_every * steps_per_pass
-        loss.set_prototypes(OnlinePrototypes(settings.num_prototypes, len(pool), every, warmup, seed=seed))
-    clusterer = EpisodicClusterer(settings.num_prototypes, seed=seed)
-    sampler = EpisodeSampler(len(pool), len(pool), seed=seed, episodes=settings.passes)
+        warmup = schedule.first * steps_per_episode
+        every = settings.cluster_every * steps_per_episode
+        loss.set_prototypes(OnlinePrototypes(settings.num_prototypes, schedule.episode_size, every, warmup, seed=seed))
+    build = Clusters(settings, teachers, seed)
+    sampler = EpisodeSampler(len(pool), schedule.episode_size, seed=seed, episodes=schedule.episodes)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, fused=True)
-    clock, step, schedule = Clock(), 0, Schedule(settings)
     bank: FeatureBank | None = None
+    samples = 0
 
     for episode in sampler:
         batches = torch.split(episode.index, settings.batch_size)
@@ -88,8 +103,7 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
                         bank.update(index, out["image_features_projected"], out["text_features_projected"])
             assert bank is not None
             with clock.stage("clustering"):
-                external = teachers if settings.w_external else {}
-                prototypes = clusterer.build(bank, external)
+                prototypes = build(bank, episode.index)
                 loss.set_prototypes(prototypes)
             assert prototypes.report is not None
             clock.cpu["back_translation"] += prototypes.report.seconds["back_translate"]
@@ -100,17 +114,18 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
         with clock.stage("training"):
             for index in batches:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, settings.passes * steps_per_pass, settings)  # type: ignore[arg-type]
+                    group["lr"] = learning_rate(step, schedule.episodes * steps_per_episode, settings)  # type: ignore[arg-type]
                 crops = inputs.augment(pool.pictures[index], index, seed, episode.number, TRAINING)
                 out = encode(model, crops, tokens[index], uses_heads, settings.gap)
+                is_online = settings.method == "online"
+                needs_rows = settings.distill != "none" or (is_online and settings.w_external > 0)
                 with clock.stage("loss"):
-                    if settings.method == "online":
-                        seen = {name: teacher[index] for name, teacher in teachers.items() if settings.w_external}
-                        total = loss(**out, teacher_features=seen)
-                    else:
-                        total = loss(**out, index=index)
-                    if settings.distill != "none":
-                        total = total + settings.w_distill * distillation(out, teachers["minilm"][index], settings)
+                    total = loss(
+                        **out,
+                        index=None if is_online else index,
+                        ids=None if ids is None else ids[index],
+                        teacher_features={name: teacher[index] for name, teacher in teachers.items()} if needs_rows else None,
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -118,14 +133,37 @@ def train(settings: Settings, seed: int, data: Path) -> Iterator[dict[str, Any]]
                 model.clamp_scales()
                 step += 1
                 if settings.features == "training" and bank is not None:
-                    bank.update(index, out["image_features_projected"], out["text_features_projected"])
+                    heads = (out[f"{modality}_features_projected"].detach() for modality in ("image", "text"))
+                    bank.update(index, *heads)
 
-        row = {"pass": episode.number + 1, "samples": (episode.number + 1) * len(pool), **clock.columns()}
-        if is_evaluated(episode.number + 1, settings.passes):
+        done = episode.number + 1
+        samples += len(episode.index)
+        row = {"pass": done, "samples": samples, **clock.columns()}
+        if is_evaluated(done, schedule.episodes):
             row |= evaluation.quick(model)
-            if episode.number + 1 == settings.passes:
+            if done == schedule.episodes:
                 row |= evaluation.full(model)
             yield row
+
+
+class Clusters:
+    """The prototypes of an episode: of image and text where they have a weight, and of the teachers."""
+
+    def __init__(self, settings: Settings, teachers: dict[str, TeacherAdapter], seed: int) -> None:
+        self.settings, self.teachers = settings, teachers if settings.w_external else {}
+        self.clusterer = EpisodicClusterer(settings.num_prototypes, seed=seed)
+        number = settings.teacher_prototypes or settings.num_prototypes
+        self.of_teachers = EpisodicClusterer(number, labels_per_sample=settings.labels_per_sample, seed=seed)
+        self.whole: dict[str, Clustering] = {}
+
+    def __call__(self, bank: FeatureBank, index: Tensor) -> Prototypes:
+        settings = self.settings
+        if settings.teacher_clusters == "whole" and not self.whole:
+            self.whole = {name: self.of_teachers.fit_teacher(teacher) for name, teacher in self.teachers.items()}
+        internal = settings.w_proto > 0 or not self.teachers
+        if not self.whole:
+            return self.clusterer.build(bank, self.teachers, internal=internal)
+        return self.clusterer.build(bank, self.whole, internal=internal, index=None if internal else index)
 
 
 def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: float) -> dict[str, Tensor]:
@@ -145,15 +183,27 @@ def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: 
     return apart(out, gap) if gap else out
 
 
-def load_teacher(captions: list[str], data: Path) -> TeacherAdapter:
-    """MiniLM's features of the training captions: encoded on the first call, then cached in the folder of `data`."""
-    cache = data.with_name("minilm.npy")
+def load_teachers(settings: Settings, captions: list[str], file: Path, chosen: Tensor) -> dict[str, TeacherAdapter]:
+    """The teachers of an arm, with a row for each picture of the pool."""
+    if settings.w_external == 0 and settings.distill == "none":
+        return {}
+    teachers = {}
+    if settings.teacher in ("words", "both"):
+        teachers["words"] = TeacherAdapter.from_captions([captions[row] for row in chosen.tolist()], settings.teacher_dim)
+    if settings.teacher in ("minilm", "both"):
+        teachers["minilm"] = TeacherAdapter.from_tensor(load_minilm(captions, file)[chosen])
+    return teachers
+
+
+def load_minilm(captions: list[str], file: Path) -> TeacherAdapter:
+    """MiniLM's features of the training captions: encoded on the first call, then cached beside the file of the pictures."""
+    cache = file.with_name(f"minilm_{file.stem}.npy")
     encoder = minilm_encoder(torch.device("cpu")) if not cache.exists() else _no_encoder
     return TeacherAdapter.from_encoder(encoder, captions, cache=cache, dim=PROJECTION)
 
 
 def _no_encoder(captions: list[str]) -> Tensor:
-    raise SystemExit("minilm.npy must hold a feature for every training caption: delete it and start again")
+    raise SystemExit("the cache of MiniLM must hold a feature for every training caption: delete it and start again")
 
 
 class Clock:
