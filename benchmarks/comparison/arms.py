@@ -20,6 +20,7 @@ class Settings:
     weight_decay: float = 0.2
     side: int = 24  # of the pictures, in pixels, as the image encoder sees them
     drawings: str = "all"  # "all", or "one" of each concept
+    samples: int = 0  # training pictures, drawn at random, the same ones for every seed; 0: all
     method: str = "clip"  # "clip", "episodic" or "online"
     episode_size: int = 0  # samples of an episode; 0: every training picture, so that an episode is a pass
     # Prototypes are recomputed before every `cluster_every`-th episode, from features extracted for it ("extracted"), or from
@@ -86,6 +87,15 @@ def apart(out: dict[str, Tensor], degrees: float) -> dict[str, Tensor]:
     images = {name: torch.cat([cos * x, sin * x], 1) for name, x in out.items() if name.startswith("image")}
     texts = {name: F.pad(x, (0, x.shape[1])) for name, x in out.items() if name.startswith("text")}
     return {**out, **images, **texts}
+
+
+def pool_rows(pairs: Pairs, settings: Settings) -> Tensor:
+    """Rows that an arm trains on."""
+    if settings.drawings == "one":
+        return one_each(pairs)
+    if settings.samples:
+        return torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[: settings.samples]
+    return torch.arange(len(pairs))
 
 
 def one_each(pairs: Pairs) -> Tensor:

@@ -9,7 +9,7 @@ from encoders import DualEncoder
 from pairs import Pairs
 from torch import Tensor
 
-from . import emoji_styles, metrics
+from . import emoji_styles, icon_metrics, icons, metrics
 
 
 class Evaluation(Protocol):
@@ -35,6 +35,7 @@ class DataSet(NamedTuple):
 
 DATA: dict[str, DataSet] = {
     "emoji": DataSet(emoji_styles.load, emoji_styles.splits, metrics.Evaluation, metrics.COLUMNS),
+    "icons": DataSet(icons.load, icons.splits, icon_metrics.IconEvaluation, icon_metrics.COLUMNS),
 }
 
 

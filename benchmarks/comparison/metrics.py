@@ -41,10 +41,10 @@ class Evaluation:
 
     def quick(self, model: DualEncoder) -> dict[str, float]:
         """Zero-shot accuracy, retrieval, modality gap and a ridge probe, on concepts not trained on."""
-        train, classifiers = self._images(model, self.quick_train), self._classifiers(model)
+        train, classifiers = encode_images(model, self.inputs, self.quick_train), self._classifiers(model)
         result: dict[str, float] = {}
         for name in self._among(QUICK):
-            image = self._images(model, self.parts[name])
+            image = encode_images(model, self.inputs, self.parts[name])
             figures = self._aligned(model, classifiers, image, self.parts[name])
             for kind in KINDS:
                 labels = self.quick_train.labels[kind], self.parts[name].labels[kind]
@@ -54,7 +54,7 @@ class Evaluation:
 
     def full(self, model: DualEncoder) -> dict[str, float]:
         """The same without ridge probe on styles not trained on; the linear probe on all parts; ARI and AMI on new concepts."""
-        image = {name: self._images(model, part) for name, part in self.parts.items()}
+        image = {name: encode_images(model, self.inputs, part) for name, part in self.parts.items()}
         classifiers = self._classifiers(model)
         result: dict[str, float] = {}
         for name in self._among(FULL):
@@ -88,11 +88,13 @@ class Evaluation:
             result[f"zero_shot_{kind}"] = zero_shot_accuracy(image, part.labels[kind], classifier)["top1"]
         return result
 
-    @torch.no_grad()
-    def _images(self, model: DualEncoder, part: Pairs) -> Tensor:
-        model.eval()
-        batches = (part.pictures[index] for index in torch.split(torch.arange(len(part)), 256))
-        return torch.cat([model.clip.encode_image(self.inputs.plain(batch)).float() for batch in batches])  # type: ignore[operator]
+
+@torch.no_grad()
+def encode_images(model: DualEncoder, inputs: Inputs, part: Pairs) -> Tensor:
+    """Outputs of the image encoder, without augmentation."""
+    model.eval()
+    batches = (part.pictures[index] for index in torch.split(torch.arange(len(part)), 256))
+    return torch.cat([model.clip.encode_image(inputs.plain(batch)).float() for batch in batches])  # type: ignore[operator]
 
 
 def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, penalty: float = 0.1) -> float:

@@ -25,13 +25,13 @@ from protoclip_losses import (
     EpisodicClusterer,
     FeatureBank,
     OnlinePrototypes,
-    Prototypes,
     ProtoLoss,
+    Prototypes,
     TeacherAdapter,
 )
 from protoclip_losses.functional import caption_ids
 
-from .arms import Schedule, Settings, apart, is_evaluated, one_each, shuffled_captions
+from .arms import Schedule, Settings, apart, is_evaluated, pool_rows, shuffled_captions
 from .data import DataSet
 
 EXTRACTION, TRAINING = 0, 1  # phases of an episode, each with its own random augmentation
@@ -45,7 +45,7 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
     rows = data.splits(pairs)
     train_pairs = pairs.subset(rows["train"])
     captions = list(train_pairs.captions) if settings.captions == "own" else shuffled_captions(train_pairs)
-    chosen = one_each(train_pairs) if settings.drawings == "one" else torch.arange(len(train_pairs))
+    chosen = pool_rows(train_pairs, settings)
     pool = train_pairs.subset(chosen)
     model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
