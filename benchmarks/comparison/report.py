@@ -5,6 +5,8 @@
     python -m benchmarks.comparison.report $results/levers.csv $results
     python -m benchmarks.comparison.report $results/final.csv $results/final docs/_static/compare.png
     python -m benchmarks.comparison.report $results/second.csv $results/second docs/_static/second.png
+    python -m benchmarks.comparison.report $results/words.csv $results/words docs/_static/words.png
+    python -m benchmarks.comparison.report $results/icons.csv $results/icons docs/_static/icons.png
 
 Without a figure: one file of tables on the validation concepts, called after the CSV file. With a figure: a file of tables for
 each test part, and for time.
@@ -31,6 +33,8 @@ PARTS = {
     "concepts": "concepts never trained on",
     "styles": "styles never trained on",
     "both": "concepts and styles never trained on",
+    "test": "names never trained on; zero-shot, probe and grouping in sets never trained on",
+    "unseen": "names in sets never trained on",
 }
 METRICS = {
     "linear_probe_group": "probe",
@@ -67,6 +71,9 @@ DRAWN = {
     "teacher_soft": ("MiniLM as teacher, soft", "C3", "--"),
     "distill_4": ("CLIP, MiniLM distilled", "C2", ":"),
     "teacher_distill": ("MiniLM as teacher and distilled", "C4", "-."),
+    "words_reuse": ("the captions' words as teacher", "C0", "-"),
+    "clip_same_time": ("CLIP, as much time", "0.55", ":"),
+    "words_distill": ("words as teacher and distilled", "C3", "--"),
 }
 CLOCK = "cpu_s"  # CPU time of the process does not depend on what else the machine runs
 
@@ -122,9 +129,14 @@ def differences(runs: Runs, part: str, base: str = BASE) -> str:
     return csv_table(f"Difference to {base}: {PARTS[part]}", ["arm", "seeds", *metrics.values()], rows)
 
 
+def curves_of(runs: Runs) -> dict[str, str]:
+    """The metrics that are drawn over the training, as far as the data set has them."""
+    return {key: title for key, title in CURVES.items() if final(runs[BASE], f"validation/{key}")}
+
+
 def shares(runs: Runs) -> str:
     """Share of CLIP's training time after which an arm's mean curve reaches the best point of CLIP's mean curve."""
-    names = {f"validation/{key}": title for key, title in CURVES.items()}
+    names = {f"validation/{key}": title for key, title in curves_of(runs).items()}
     base = mean_curve(runs[BASE], [*names, CLOCK])
     rows = []
     for arm, seeds in runs.items():
@@ -138,11 +150,12 @@ def shares(runs: Runs) -> str:
 def tried(runs: Runs) -> str:
     """Every setting that was tried, best score first."""
     order = sorted(runs, key=lambda arm: -score(runs[arm]))
+    metrics = {key: title for key, title in METRICS.items() if final(runs[BASE], f"validation/{key}")}
     rows = []
     for arm in order:
-        cells = [figure(key, statistics.fmean(final(runs[arm], f"validation/{key}").values())) for key in METRICS]
+        cells = [figure(key, statistics.fmean(final(runs[arm], f"validation/{key}").values())) for key in metrics]
         rows.append([arm, str(len(runs[arm])), f"{100 * score(runs[arm]):.2f}", *cells])
-    return csv_table("Settings tried, on validation concepts", ["setting", "seeds", "score", *METRICS.values()], rows)
+    return csv_table("Settings tried, on validation concepts", ["setting", "seeds", "score", *metrics.values()], rows)
 
 
 def costs(runs: Runs) -> str:
@@ -165,9 +178,11 @@ def costs(runs: Runs) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """Validation metrics over training samples and, below, over CPU time: means over seeds with 95% intervals."""
-    columns = 3
-    picture, axes = plt.subplots(2 * len(CURVES) // columns, columns, figsize=(9, 10.5), layout="constrained")
-    for number, (metric, title) in enumerate(CURVES.items()):
+    curves = curves_of(runs)
+    columns = 3 if len(curves) % 3 == 0 else 2
+    height = 5.25 * len(curves) / columns
+    picture, axes = plt.subplots(2 * len(curves) // columns, columns, figsize=(9, height), layout="constrained")
+    for number, (metric, title) in enumerate(curves.items()):
         block, column = divmod(number, columns)
         for row, clock in enumerate(("samples", CLOCK)):
             axis: Axes = axes[2 * block + row, column]
@@ -207,7 +222,9 @@ def main() -> None:
         repeated = any(len(seeds) > 1 for seeds in runs.values())
         (folder / f"{table.stem}.rst").write_text((differences(runs, "validation") if repeated else "") + tried(runs))
         return
-    for part in ("concepts", "styles", "both"):
+    for part in PARTS:
+        if part == "validation" or not any(name.startswith(f"{part}/") for name in runs[BASE][min(runs[BASE])][-1]):
+            continue
         (folder / f"{part}.rst").write_text(differences(runs, part) + levels(runs, part))
     if ABLATED in runs:
         ablations = {arm: seeds for arm, seeds in runs.items() if arm in (ABLATED, *ABLATIONS)}
