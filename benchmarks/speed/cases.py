@@ -35,7 +35,10 @@ class Case:
 
 
 class PrototypeCase(Case):
-    """B student features against K prototypes, with hard or soft targets; "module" is PrototypeLoss on centroids."""
+    """B student features against K prototypes, with hard or soft targets; "module" is PrototypeLoss on centroids.
+
+    "mixture" has hard targets and eight labels a row, beside the same call with the first of them.
+    """
 
     def __init__(self, kind: str, dtype: str, batch: int, columns: int, width: int, device: str) -> None:
         torch.manual_seed(0)
@@ -47,10 +50,14 @@ class PrototypeCase(Case):
         self.dtype = DTYPES[dtype]
         self.targets = functional.soft_targets(self.centroids, self.prototypes, 0.1) if kind == "soft" else None
         self.module = PrototypeLoss(target_temperature=0.1)
+        if kind == "mixture":
+            self.labels = torch.cat([self.labels[:, None], torch.randint(columns, (batch, 7), device=device)], dim=1)
 
     def calls(self) -> dict[str, Call]:
         rows = rows_per_block(len(self.prototypes), self.dtype, None)
         calls: dict[str, Call] = {"ours": self.ours, "compiled": self.compiled, "dense": self.dense}
+        if self.kind == "mixture":
+            calls["one label"] = lambda: self.ours(self.labels[:, 0])
         if self.device == "cuda":
             calls |= self.triton_calls()
         return calls | {"floor": lambda: self.floor(rows), "floor64": lambda: self.floor(64)}
@@ -59,7 +66,7 @@ class PrototypeCase(Case):
         return self.dense(torch.float64)
 
     def bytes_of(self, call: str) -> int:
-        return 0 if call in ("ours", "compiled") else 16 * len(self.features) * len(self.prototypes)
+        return 0 if call in ("ours", "compiled", "one label") else 16 * len(self.features) * len(self.prototypes)
 
     def leaves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return (
@@ -68,14 +75,14 @@ class PrototypeCase(Case):
             self.prototypes.to(self.dtype).to(dtype),
         )
 
-    def loss(self, h: Tensor, s: Tensor, p: Tensor) -> Tensor:
+    def loss(self, h: Tensor, s: Tensor, p: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.kind == "module":
             return self.module(h, self.prototypes, self.centroids, self.labels, s)  # type: ignore[no-any-return]
-        return functional.prototype_cross_entropy(h, p, self.labels, s, targets=self.targets)
+        return functional.prototype_cross_entropy(h, p, self.labels if labels is None else labels, s, targets=self.targets)
 
-    def ours(self) -> Results:
+    def ours(self, labels: Tensor | None = None) -> Results:
         h, s, p = self.leaves(self.dtype)
-        return _backward(self.loss(h, s, p), h, s)
+        return _backward(self.loss(h, s, p, labels), h, s)
 
     def compiled(self) -> Results:
         if not hasattr(self, "_compiled"):
@@ -89,6 +96,8 @@ class PrototypeCase(Case):
         logits = s.to(dtype) * h @ p.T
         if self.kind == "hard":
             return _backward(F.cross_entropy(logits, self.labels), h, s)
+        if self.kind == "mixture":
+            return _backward(-logits.log_softmax(1).gather(1, self.labels).mean(), h, s)
         centroids = self.centroids.to(dtype)
         return _backward(F.cross_entropy(logits, ((centroids[self.labels] @ centroids.T) / 0.1).softmax(1)), h, s)
 

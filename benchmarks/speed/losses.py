@@ -34,6 +34,7 @@ CASES = (
     "hard/bfloat16/4096/20000/128",
     "hard/float32/256/512/128",
     "soft/float32/256/512/128",
+    "mixture/float32/4096/20000/128",
     "module/float32/64/20000/128",
     "pairs/8192/512",
     "pairs/256/512",
