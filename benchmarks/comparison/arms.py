@@ -46,6 +46,8 @@ class Settings:
     distill: str = "none"  # "relational": distillation of the same teacher
     w_distill: float = 1.0
     distill_temperature: float = 0.1
+    sampled: float = 0.0  # the prototypes of each step: a random share of them, and those of the batch; 0: all
+    word_classes: float = 0.0  # weight of the caption's words as classes of the picture
     repeats: str = "none"  # what pairs with the same caption are to each other in InfoNCE: "mask" or "share"
     # For the study of grouping: the angle in degrees between the spaces of image and text features, and whether each concept
     # has its "own" captions or, "shuffled", those of another concept.

@@ -33,6 +33,7 @@ from protoclip_losses.functional import caption_ids
 
 from .arms import Schedule, Settings, apart, is_evaluated, pool_rows, shuffled_captions
 from .data import DataSet
+from .extras import WordClasses, sampled_terms
 
 EXTRACTION, TRAINING = 0, 1  # phases of an episode, each with its own random augmentation
 PROJECTION = 128  # width of the projected features and of the teacher's features
@@ -67,7 +68,7 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
     steps_per_episode = -(-schedule.episode_size // settings.batch_size)
     loss = ProtoLoss(
         w_proto=settings.w_proto,
-        w_external=settings.w_external,
+        w_external=0.0 if settings.sampled else settings.w_external,
         w_distill=settings.w_distill if settings.distill != "none" else 0.0,
         distill_temperature=settings.distill_temperature,
         repeats=None if ids is None else settings.repeats,
@@ -83,7 +84,14 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
         loss.set_prototypes(OnlinePrototypes(settings.num_prototypes, schedule.episode_size, every, warmup, seed=seed))
     build = Clusters(settings, teachers, seed)
     sampler = EpisodeSampler(len(pool), schedule.episode_size, seed=seed, episodes=schedule.episodes)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, fused=True)
+    parameters = parameter_groups(model, settings.weight_decay)
+    own = [captions[row] for row in chosen.tolist()]
+    classes = WordClasses(own, 4096, model.clip.visual.project.out_features, seed) if settings.word_classes else None  # type: ignore[union-attr, arg-type]
+    if classes is not None:
+        parameters.append({"params": [classes.prototypes], "weight_decay": settings.weight_decay})
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, fused=True)
+    draw = torch.Generator().manual_seed(seed)
+    prototypes: Prototypes | None = None
     bank: FeatureBank | None = None
     samples = 0
 
@@ -91,7 +99,8 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
         batches = torch.split(episode.index, settings.batch_size)
         with_prototypes = schedule.with_prototypes(episode.number)
         if settings.method == "episodic" and not with_prototypes:
-            loss.set_prototypes(None)
+            prototypes = None
+            loss.set_prototypes(prototypes)
         elif settings.method == "episodic" and schedule.clusters(episode.number):
             if settings.features == "extracted":
                 with clock.stage("extraction"), torch.no_grad():
@@ -126,6 +135,10 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
                         ids=None if ids is None else ids[index],
                         teacher_features={name: teacher[index] for name, teacher in teachers.items()} if needs_rows else None,
                     )
+                    if settings.sampled and prototypes is not None:
+                        total = total + settings.w_external * sampled_terms(prototypes, out, index, settings.sampled, draw)
+                    if classes is not None:
+                        total = total + settings.word_classes * classes(out["image_features"], index, out["logit_scale"])
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)

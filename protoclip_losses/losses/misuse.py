@@ -99,6 +99,6 @@ class UseOfPrototypes:
                 if by_chance >= PER_PROTOTYPE / 2 and hits <= by_chance + 2 * math.sqrt(by_chance):
                     check.warn(
                         f"{name} is at chance: are image and text swapped, or is index that of another data set? Features that "
-                        "have collapsed look the same",
+                        "have collapsed look the same, and so does a training that has only begun",
                         once=True,
                     )

@@ -18,10 +18,12 @@ from sklearn.preprocessing import StandardScaler
 import benchmarks
 from benchmarks.comparison.arms import Schedule, Settings, apart, is_evaluated, one_each, pool_rows, shuffled_captions
 from benchmarks.comparison.emoji_styles import STYLES, family, load, splits
+from benchmarks.comparison.extras import WordClasses, sampled_terms
 from benchmarks.comparison.metrics import PENALTIES, linear_probes, ridge_probe
 from benchmarks.comparison.run import Run, append, finished, read_plan
 from benchmarks.comparison.stats import final, interval, mean_curve, paired, read_table, share_of_time
 from benchmarks.comparison.train import Clock
+from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss
 
 BENCHMARKS = Path(benchmarks.__file__).parent
 
@@ -170,6 +172,33 @@ def test_one_drawing_of_each_concept(data):
     assert chosen.labels["style"].tolist() == [concept % 3 for concept in chosen.concepts.tolist()]  # of styles 0, 1, 2 each
 
 
+def test_words_of_a_caption_are_classes_of_the_picture():
+    classes = WordClasses(["red cat", "red dog", "a cat, a red cat", "!", "a"], vocabulary=3, width=4, seed=0)
+    # 0 is red, 1 cat, 2 a; the dog is the fourth.
+    assert classes.labels[:, :4].tolist() == [[0, 1, -1, -1], [0, -1, -1, -1], [2, 1, 0, -1], [-1] * 4, [2, -1, -1, -1]]
+    torch.testing.assert_close(classes.idf, torch.log(torch.tensor([5 / 3, 5 / 2, 5 / 2])))
+    image = F.normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    logits = (5.0 * image @ F.normalize(classes.prototypes, dim=1).T).log_softmax(1)
+    of_first = (logits[0, :2] * classes.idf[:2]).sum() / classes.idf[:2].sum()
+    of_third = (logits[1] * classes.idf).sum() / classes.idf.sum()
+    torch.testing.assert_close(classes(image, torch.tensor([0, 2]), torch.tensor(5.0)), -(of_first + of_third) / 2)
+
+
+def test_sampled_prototypes_keep_those_of_the_batch():
+    torch.manual_seed(0)
+    h = F.normalize(torch.randn(40, 4), dim=1)
+    prototypes = EpisodicClusterer(8).build(FeatureBank.from_features(torch.arange(40), image=h, text=h))
+    index = torch.tensor([3, 11])
+    out = {"image_features_projected": h[index], "text_features_projected": h[index], "logit_scale_proto": torch.tensor(5.0)}
+    few, half, every = (float(sampled_terms(prototypes, out, index, share, torch.Generator())) for share in (0.0, 0.5, 1.0))
+    assert few < half < every  # fewer to tell apart
+    loss = ProtoLoss(w_clip=0.0, target_temperature=None)
+    loss.set_prototypes(prototypes)
+    assert every == pytest.approx(float(loss(h[index], h[index], 5.0, index=index)), rel=1e-5)
+    labels = prototypes.labels_by_teacher["text"][prototypes.positions(index)]
+    assert (few > 0) == (labels[0] != labels[1])
+
+
 def test_probes_find_classes_that_lie_on_lines():
     torch.manual_seed(0)
     y = torch.arange(300) % 3
@@ -273,6 +302,8 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         "more": {**words, "teacher_prototypes": 6, "distill": "relational"},
         "online_words": {"method": "online", "teacher": "words", "w_external": 1.0, "teacher_dim": 16},
         "distill": {"teacher": "words", "distill": "relational", "w_distill": 2.0},
+        "sampled": {**words, "w_proto": 0, "teacher_clusters": "whole", "sampled": 0.1},
+        "classes": {"word_classes": 1.0},
     }
     plan.write_text(json.dumps({"common": small, "arms": {name: {"seeds": 1, "settings": s} for name, s in arms.items()}}))
 
@@ -280,7 +311,7 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         command = [sys.executable, "-m", "benchmarks.comparison", str(plan), str(table), "--data", str(data), "--jobs", "2"]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, cwd=BENCHMARKS.parent).stdout
 
-    assert "11 runs planned, 11 left" in compare()
+    assert "13 runs planned, 13 left" in compare()
     first = table.read_text()
     runs = read_table(table)
     assert {arm: [row["pass"] for row in seeds[0]] for arm, seeds in runs.items()} == {
@@ -300,13 +331,13 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
     # The first pass is InfoNCE alone in all of them, from the same start and in the same order.
     one = [runs[arm][0][0]["validation/zero_shot_group"] for arm in ("clip", "protoclip", "no_pbt", "online")]
     assert len(set(one)) == 1
-    others = ("clip", "protoclip", "no_pbt", "online", "more", "distill", "online_words")
+    others = ("clip", "protoclip", "no_pbt", "online", "more", "distill", "online_words", "sampled")
     assert len({runs[arm][0][1]["validation/modality_gap"] for arm in others}) == len(others)
 
-    assert "11 runs planned, 0 left" in compare()
+    assert "13 runs planned, 0 left" in compare()
     assert table.read_text() == first
     kept = [line for line in first.splitlines(keepends=True) if not line.startswith("online,")]
     table.write_text("".join(kept))
-    assert "11 runs planned, 1 left" in compare()
+    assert "13 runs planned, 1 left" in compare()
     again = read_table(table)["online"][0][-1]
     assert again["concepts/zero_shot_group"] == runs["online"][0][-1]["concepts/zero_shot_group"]
