@@ -77,7 +77,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
             if not hasattr(train_dataset, "__len__") or isinstance(train_dataset, IterableDataset):
                 name = type(train_dataset).__name__
                 raise TypeError(f"train_dataset must have a length and be read by number, got {name}")
-            check_rows(self.teachers, len(train_dataset), "train_dataset")
+            validate_on_all_ranks(lambda: check_rows(self.teachers, len(train_dataset), "train_dataset"), active_group(None))
             seed = args.seed if args.data_seed is None else args.data_seed
             self.order = EpisodeOrder(EpisodeSampler(len(train_dataset), episode_size or len(train_dataset), seed=seed))
             number = num_prototypes or max(1, len(self.order) // 10)
