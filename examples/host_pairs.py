@@ -19,7 +19,8 @@ class PicturePairs(Dataset[dict[str, Tensor]]):
         pairs = pairs.subset(torch.arange(0, len(pairs), 2)[:rows])
         assert isinstance(pairs.pictures, Tensor)
         self.pixel_values = pairs.pictures.float() / 127.5 - 1
-        self.input_ids = WordHash(VOCABULARY, LENGTH)(list(pairs.captions))
+        self.captions = list(pairs.captions)
+        self.input_ids = WordHash(VOCABULARY, LENGTH)(self.captions)
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -11,8 +11,7 @@ from ..episodes import EpisodeOrder, extract
 from ..heads import ProjectionHeads
 from ..losses import ProtoLoss
 from ..prototypes import EpisodicClusterer, Prototypes
-from ..teachers import TeacherAdapter
-from .teachers import check_rows
+from .teachers import Teacher, build_episode, check_rows
 
 check.require("lightning.pytorch", "lightning")
 from lightning.pytorch import Callback  # noqa: E402
@@ -34,18 +33,20 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
     without prototypes, whatever the loss held before; an epoch that is resumed in its middle keeps its own.
 
     If :class:`~protoclip_losses.OnlinePrototypes` are set, the module needs no ``project``, and its ``training_step`` calls the
-    loss without an index.
+    loss without an index, and with ``teacher_features`` of the batch where there is an external teacher.
 
     Args:
         num_prototypes: K; default one per 10 samples of an epoch, of all processes.
         warmup_epochs: first epochs without prototypes.
         clusterer: used instead of ``EpisodicClusterer(num_prototypes)``.
-        teachers: external teachers by name; row i belongs to item i of the data set.
+        teachers: external teachers by name; row i belongs to item i of the data set. A :class:`TeacherAdapter` is clustered in
+            each episode; a :class:`Clustering` of all items, as ``EpisodicClusterer.fit_teacher`` returns, or a
+            :class:`KMeansResult` is not clustered again.
 
     Raises:
         TypeError: when the fit begins, a module without a loss or ``project``, or data that are not one DataLoader of a data set
             that is read by number.
-        ValueError: likewise, a teacher with fewer rows than the data set.
+        ValueError: likewise, a teacher with fewer rows than the data set, or one given here in online mode.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
         *,
         warmup_epochs: int = 1,
         clusterer: EpisodicClusterer | None = None,
-        teachers: Mapping[str, TeacherAdapter] | None = None,
+        teachers: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.num_prototypes, self.warmup_epochs, self.clusterer = num_prototypes, warmup_epochs, clusterer
         self.teachers = teachers or {}
@@ -76,6 +77,11 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
         if not isinstance(loss, ProtoLoss):
             raise TypeError(f"{type(pl_module).__name__}.loss must be a ProtoLoss, got {type(loss).__name__}")
         if not loss.needs_episodes:
+            if self.teachers:
+                raise ValueError(
+                    f"teachers must be left out with OnlinePrototypes, got {', '.join(map(repr, self.teachers))}: call the loss "
+                    "with teacher_features={name: teacher[index]} in training_step"
+                )
             return
         if stage == "fit":
             if not callable(getattr(pl_module, "project", None)):
@@ -124,7 +130,7 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
 
         bank = extract(pl_module, batches, project)
         number = self.num_prototypes or max(1, sum(gather_sizes(len(bank), active_group(None))) // 10)
-        return (self.clusterer or EpisodicClusterer(number)).build(bank, self.teachers)
+        return build_episode(self.clusterer or EpisodicClusterer(number), bank, self.teachers, pl_module.loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Clamp the scale of the prototype terms as CLIP clamps its own."""

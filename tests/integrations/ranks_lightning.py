@@ -17,7 +17,7 @@ from rank_cases import rank_case
 from ranks import assert_same_on_every_rank, everyone, raises_everywhere
 from torch.utils.data import DataLoader
 
-from protoclip_losses import EpisodeOrder, EpisodeSampler, TeacherAdapter, WithIndex
+from protoclip_losses import EpisodeOrder, EpisodeSampler, EpisodicClusterer, ProtoLoss, TeacherAdapter, WithIndex
 
 on_two_processes = rank_case(world_sizes=(2,), own_processes=True)
 
@@ -110,3 +110,24 @@ def checkpoints_that_differ_between_machines_are_an_error_on_both(rank, world_si
         torch.save(state, own)
     with pytest.raises(ValueError, match="ranks must agree on the epoch of the prototypes, got 1 on rank 0, -1 on rank 1"):
         fit_together(folder, loader, Counting(4), model=Clip(), resume=own)
+
+
+@on_two_processes
+def words_that_each_process_clusters_are_those_of_both_and_of_a_resumed_fit(rank, world_size, folder):
+    pytest.importorskip("sklearn")
+    pairs, folder = PicturePairs(40), folder / "words"
+    alone = {"process_group": False}  # as before the Trainer has joined the processes
+    clusters = EpisodicClusterer(4, **alone).fit_teacher(TeacherAdapter.from_captions(pairs.captions, 8, **alone))
+    loader = DataLoader(WithIndex(pairs), 10, sampler=EpisodeOrder(EpisodeSampler(40, 40)))
+    ends = []
+    for resume in (None, folder / "step=4.ckpt"):
+        saves = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        callback, model = Counting(4, teachers={"words": clusters}), WithSGD()
+        model.loss = ProtoLoss(w_proto=0.0)
+        options = {"model": model, "resume": resume, "max_epochs": 3, "callbacks": [saves], "enable_checkpointing": True}
+        model, _ = fit_together(folder, loader, callback, **options)
+        assert callback.builds == (2 if resume is None else 1)
+        assert torch.equal(model.loss.prototypes.labels_by_teacher["words"], clusters.labels)
+        assert_same_parameters(model)
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert [name for name, x in ends[0].items() if not torch.equal(x, ends[1][name])] == []

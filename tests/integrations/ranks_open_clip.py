@@ -13,16 +13,21 @@ import torch.distributed as dist
 from cases import assert_near, leaf, unit
 from open_clip import ClipLoss
 from open_clip_step import add_tiny_model, one_step, triples
+from pair_files import emoji_with_groups
 from rank_cases import rank_case
-from ranks import everyone, own_rows
+from ranks import assert_same_on_every_rank, everyone, own_rows
 from torch.nn.parallel import DistributedDataParallel
 
-from protoclip_losses import InfoNCE, OnlinePrototypes, ProjectionHeads, ProtoLoss
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProjectionHeads, ProtoLoss, TeacherAdapter
 from protoclip_losses.integrations.open_clip import add_heads, join_heads, parameter_names, separate_heads
-from protoclip_losses.integrations.open_clip.data import read_teachers
 from protoclip_losses.integrations.open_clip.online import load_state, save_state
+from protoclip_losses.integrations.open_clip.teachers import read_teachers
 
 SHARES = [7, 9]
+
+
+def captions():
+    return list(emoji_with_groups()[0].captions)[: sum(SHARES)]
 
 
 @rank_case(world_sizes=(2,), own_processes=True)  # it leaves the group that torch.distributed.nn was imported with
@@ -33,11 +38,12 @@ def a_step_of_two_processes_is_that_of_one(rank, world_size, folder):
     data = triples(sum(SHARES))
     rows = own_rows(rank, SHARES)
     own = torch.utils.data.Subset(data, range(rows.start, rows.stop))
-    model = one_step(folder, own, wrap=DistributedDataParallel)
+    words = {"words": TeacherAdapter.from_captions(captions(), 8)}
+    model = one_step(folder, own, wrap=DistributedDataParallel, teachers=words)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     dist.barrier()
     dist.destroy_process_group()
-    whole = one_step(folder, data)
+    whole = one_step(folder, data, teachers=words)
     dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world_size)
     for name, p in whole.named_parameters():
         assert_near(gradients[name], p.grad, 1e-5)
@@ -150,6 +156,29 @@ def a_teacher_that_one_rank_does_not_have_is_an_error_on_all(rank, world_size, f
         read_teachers(options, info)
     np.save(file, np.random.default_rng(0).normal(size=(10 + rank, 4)).astype(np.float32))
     with pytest.raises(ValueError, match="ranks must agree on words"):
+        read_teachers(options, info)
+
+
+class Table:
+    """What is asked of open_clip's CsvDataset, whose pictures are not read here."""
+
+    def __init__(self, captions):
+        self.captions = captions
+
+    def __len__(self):
+        return len(self.captions)
+
+
+@rank_case(world_sizes=(2,))
+def words_are_the_same_on_all_ranks_and_those_of_one_process(rank, world_size, folder):
+    options = argparse.Namespace(proto_teacher=[("words", None)], proto_teacher_dim=6)
+    data = Table([*captions(), float("nan")])
+    info = argparse.Namespace(shared_epoch=None, dataloader=argparse.Namespace(dataset=data))
+    teacher, index = read_teachers(options, info)["words"], torch.arange(len(data))
+    assert_same_on_every_rank(teacher[index])
+    assert torch.equal(teacher[index], TeacherAdapter.from_captions([*captions(), ""], 6, process_group=False)[index])
+    data.captions = data.captions[: len(data) - rank]
+    with pytest.raises(ValueError, match="ranks must agree on texts"):
         read_teachers(options, info)
 
 

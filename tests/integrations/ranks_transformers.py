@@ -17,7 +17,7 @@ from host_transformers import small_model
 from rank_cases import rank_case
 from ranks import assert_same_on_every_rank, everyone, raises_everywhere
 
-from protoclip_losses import OnlinePrototypes, ProtoLoss
+from protoclip_losses import Clustering, EpisodicClusterer, OnlinePrototypes, ProtoLoss, TeacherAdapter
 from protoclip_losses.integrations.transformers import add_heads
 
 ROWS = 21
@@ -167,3 +167,39 @@ def what_two_processes_save_opens_on_one(rank, world_size, folder):
     saved, own = weights(folder / "end"), add_heads(small_model(), **HEADS)
     own.load_state_dict(saved, strict=True)
     assert all(torch.equal(x, saved[name]) for name, x in run.model.state_dict().items())
+
+
+@on_two_processes
+def words_that_were_clustered_once_are_those_of_all_ranks(rank, world_size, folder):
+    """Made and clustered after TrainingArguments, by both processes together; and resumed."""
+    pytest.importorskip("sklearn")
+    folder = folder / "words_that_were_clustered_once_are_those_of_all_ranks"
+    options = {"loss": Recorded(w_proto=0.0), "epochs": 3}
+    begun(folder, **options)  # joins the processes
+    alone = EpisodicClusterer(4, process_group=False).fit_teacher(
+        TeacherAdapter.from_captions(pairs().captions, 8, process_group=False)
+    )
+    clusters = EpisodicClusterer(4).fit_teacher(TeacherAdapter.from_captions(pairs().captions, 8))
+    assert torch.equal(clusters.labels, alone.labels)
+    whole = begun(folder, teachers={"words": clusters}, **options)
+    whole.train()
+    labels = whole.loss.prototypes.labels_by_teacher["words"]
+    assert torch.equal(labels, clusters.labels)
+    assert min(parts["proto_external_loss"] for _, parts in whole.loss.calls[-2:]) > 0.3
+    assert_same_on_every_rank(parameters(whole))
+    dist.barrier()
+    rest = begun(folder, teachers={"words": clusters}, **{**options, "loss": Recorded(w_proto=0.0)})
+    rest.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert len(rest.loss.calls) == 3
+    assert torch.equal(parameters(rest), parameters(whole))
+
+
+@on_two_processes
+def clusterings_that_differ_are_an_error_on_both(rank, world_size, folder):
+    folder = folder / "clusterings_that_differ_are_an_error_on_both"
+    labels = torch.arange(ROWS).remainder(4 - rank)
+    run = begun(folder, teachers={"words": Clustering(torch.eye(4), labels)}, warmup_epochs=0)
+    with pytest.raises(ValueError, match="ranks must agree on teachers"):
+        run.train()
+    few = Clustering(torch.eye(4), labels[: ROWS - rank])
+    raises_everywhere(lambda: begun(folder, teachers={"words": few}), 1, ValueError, "a row for each of the 21 samples")

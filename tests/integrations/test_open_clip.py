@@ -281,7 +281,7 @@ def test_what_cannot_work_is_refused():
     for flags in (["--trace"], ["--torchscript"], ["--horovod"], ["--model", "coca_ViT-B-32"], ["--proto-wieght", "1"]):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "tiny", *flags])
-    for teacher in (["file.npy"], ["words=file.npy", "--proto-online"]):
+    for teacher in (["file.npy"], ["words", "--proto-teacher", "words=file.npy"]):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "tiny", "--proto-teacher", *teacher])
     for wrong, name in (

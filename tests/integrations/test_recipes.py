@@ -78,11 +78,24 @@ def test_transformers_diff(hf):
     assert len(hf["trainer"].loss.prototypes.index) == ROWS
 
 
-def test_transformers_online(hf):
+class Captioned(PicturePairs):
+    """With columns, as data sets of transformers' users have them."""
+
+    def __getitem__(self, key):
+        return {"caption": self.captions}[key] if isinstance(key, str) else super().__getitem__(key)
+
+
+def test_transformers_words(hf):
+    pytest.importorskip("sklearn")
+    hf["pairs"] = Captioned(ROWS)
     exec(patched(block("transformers.rst", "diff", "ProtoCLIPTrainer"), "+").splitlines()[0], hf)
+    exec(block("transformers.rst", "python", "from_captions"), hf)
+    hf["trainer"].train()
+    assert ("image", "words") in hf["trainer"].loss.prototypes.terms
     exec(block("transformers.rst", "python", "OnlinePrototypes"), hf)
     hf["trainer"].train()
     assert hf["loss"].prototypes.step == 6
+    assert hf["loss"].prototypes.queue.widths.keys() == {"image", "text", "words"}  # warm-up is longer than these steps
 
 
 def test_transformers_heads_of_a_saved_model(hf):
@@ -150,3 +163,34 @@ def test_lightning_online(tmp_path, pairs):
     )
     trainer.fit(model, DataLoader(pairs, 8))
     assert model.loss.prototypes.step == 6
+
+
+def test_lightning_words(tmp_path, pairs):
+    """The recipe, and with its words the step of online mode."""
+    pytest.importorskip("lightning")
+    pytest.importorskip("sklearn")
+    from host_lightning import Clip
+    from lightning.pytorch import Trainer
+    from lightning_fit import QUIET
+    from torch.utils.data import DataLoader
+
+    from protoclip_losses import OnlinePrototypes, WithIndex
+    from protoclip_losses.integrations.lightning import ProtoCLIPCallback
+
+    exec(
+        block("lightning.rst", "python", "from_captions"),
+        names := {"captions": pairs.captions, "ProtoCLIPCallback": ProtoCLIPCallback},
+    )
+    exec(block("lightning.rst", "python", "self.words"), names)
+
+    class Online(Clip):
+        project, training_step = None, names["training_step"]
+        words = names["words"]
+
+    data = DataLoader(WithIndex(pairs), 8)
+    models = Clip(), Online()
+    models[1].loss.set_prototypes(OnlinePrototypes(4, queue_size=24, every=2, warmup=3))
+    for model, callback in zip(models, (names["callback"], ProtoCLIPCallback()), strict=True):
+        options = {"max_epochs": 2, "callbacks": [callback], "default_root_dir": tmp_path, "enable_checkpointing": False}
+        Trainer(**options, **QUIET).fit(model, data)
+        assert ("image", "words") in model.loss.prototypes.terms

@@ -34,8 +34,8 @@ def triples(rows):
     return torch.utils.data.TensorDataset(pictures, tokens, torch.arange(rows))
 
 
-def one_step(folder, data, accum_freq=1, log_scale=2.0, wrap=lambda model: model):
-    """The model, with its gradients, after an epoch of one step on ``data`` at learning rate 0."""
+def one_step(folder, data, accum_freq=1, log_scale=2.0, wrap=lambda model: model, teachers=None):
+    """The model, with its gradients, after an epoch of one step on ``data`` at learning rate 0; teachers have a row per index."""
     torch.manual_seed(0)
     model = add_heads(open_clip.create_model("tiny", output_dict=True), 8, 16, "layer")
     model.proto.logit_scale_proto.data.fill_(log_scale)
@@ -47,6 +47,7 @@ def one_step(folder, data, accum_freq=1, log_scale=2.0, wrap=lambda model: model
     args = parse_args(rest)
     args.distill, args.rank, args.world_size, args.horovod, args.wandb = False, 0, 1, False, False
     launcher = Launcher(options)
+    launcher.teachers = dict(teachers or {})
     info = {"train": DataInfo(IndexedBatches(loader, loader, loader, accum_freq))}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     launcher.train_one_epoch(wrap(model), info, launcher.create_loss(args), 0, optimizer, None, None, None, args)

@@ -4,12 +4,16 @@ import argparse
 from collections.abc import Sequence
 
 from ..._checks import require
+from .teachers import WORDS
 
 
-def _teacher(text: str) -> tuple[str, str]:
+def _teacher(text: str) -> tuple[str, str | None]:
+    """Its name and its file; there is none of the captions' own words."""
+    if text == WORDS:
+        return text, None
     name, _, file = text.partition("=")
     if not name or not file:
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE.npy, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {WORDS} or NAME=FILE.npy, got {text!r}")
     return name, file
 
 
@@ -30,8 +34,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     p.add_argument("--proto-head-norm", choices=("batch", "layer", "sync"), default="batch")
     p.add_argument("--proto-niter", type=int, default=20, help="K-means iterations")
     p.add_argument("--proto-nredo", type=int, default=1, help="K-means runs, the best of which is kept (paper: 3)")
-    p.add_argument("--proto-teacher", action="append", type=_teacher, metavar="NAME=FILE.npy", help="a row per row of the csv")
-    p.add_argument("--proto-teacher-dim", type=int, default=64, help="width of teachers after PCA")
+    p.add_argument(
+        "--proto-teacher",
+        action="append",
+        type=_teacher,
+        metavar=f"{WORDS} | NAME=FILE.npy",
+        help=f"{WORDS}: those of the csv's captions; or a file with a row per row of the csv; may be given several times",
+    )
+    p.add_argument("--proto-teacher-dim", type=int, default=64, help="width of teachers, by SVD or PCA")
     p.add_argument("--proto-keep-loss", action="store_true", help="open_clip's own loss computes the contrastive part")
     p.add_argument(
         "--proto-no-gather-with-grad",
@@ -45,8 +55,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     options, rest = p.parse_known_args(argv)
     if unknown := [name for name in rest if name.startswith("--proto")]:
         p.error(f"unknown arguments: {' '.join(unknown)}")
-    if options.proto_online and options.proto_teacher:
-        p.error("--proto-teacher needs episodes: in online mode samples have no number")
+    names = [name for name, _ in options.proto_teacher or ()]
+    if len(set(names)) < len(names):
+        p.error(f"--proto-teacher must name each teacher once, got {' '.join(names)}")
     args = require("open_clip_train.params", "open-clip").parse_args(rest)
     for refused in ("horovod", "trace", "torchscript"):
         if getattr(args, refused):

@@ -1,8 +1,6 @@
-"""open_clip 3.3's training data with an index per sample, which its pipelines do not yield, and teachers by that index."""
+"""open_clip 3.3's training data with an index per sample, which its pipelines do not yield."""
 
-import argparse
 import hashlib
-import logging
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..._checks import require
-from ...distributed import active_group, validate_on_all_ranks
 from ...episodes import WithIndex
-from ...teachers import TeacherAdapter
 
 
 class IndexedBatches:
@@ -64,32 +60,3 @@ def _with_hash(sample: dict[str, Any]) -> dict[str, Any]:
     name = f"{sample['__url__']}/{sample['__key__']}"
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
     return {**sample, "index": torch.tensor(number)}
-
-
-def read_teachers(options: argparse.Namespace, info: Any) -> dict[str, TeacherAdapter]:
-    """The teachers of ``--proto-teacher``, which have a row for each row of the training data. A word for one that has more.
-
-    Raises:
-        ValueError: a WebDataset, a teacher with fewer rows; on all ranks if on one.
-    """
-    if info.shared_epoch is not None:
-        raise ValueError("--proto-teacher needs --dataset-type csv: samples of a WebDataset have no row number")
-    samples = len(info.dataloader.dataset)
-    teachers: dict[str, TeacherAdapter] = {}
-
-    def read() -> None:
-        for name, file in options.proto_teacher:
-            teachers[name] = TeacherAdapter.from_file(file, options.proto_teacher_dim)
-            if len(teachers[name]) < samples:
-                raise ValueError(
-                    f"--proto-teacher: {file} must have a row for each of {samples} samples, got {len(teachers[name])}"
-                )
-
-    validate_on_all_ranks(read, active_group(None), lambda: {name: repr(teacher) for name, teacher in teachers.items()})
-    for name, teacher in teachers.items():
-        if len(teacher) > samples:
-            logging.warning(
-                f"--proto-teacher {name} has {len(teacher)} rows for {samples} samples of --train-data, and row i is taken for "
-                "sample i: check that both are of the same samples in the same order"
-            )
-    return teachers

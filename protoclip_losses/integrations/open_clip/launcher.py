@@ -3,8 +3,8 @@
     python -m protoclip_losses.integrations.open_clip --proto-num-prototypes 20000 ARGUMENTS OF open_clip_train.main
 
 An epoch of open_clip is an episode: before it, one pass over the epoch's samples in eval mode, K-means and back translation.
-With ``--proto-online`` there are no episodes: prototypes come from a queue of recent features, and the data pipeline is
-unchanged. open_clip's package is not modified; functions that its ``main`` calls are replaced while it runs.
+With ``--proto-online`` there are no episodes: prototypes come from a queue of recent features, and without ``--proto-teacher``
+the data pipeline is unchanged. open_clip's package is not modified; functions that its ``main`` calls are replaced while it runs.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from ...episodes import extract
 from ...losses import ProtoLoss
 from ...prototypes import EpisodicClusterer, Prototypes
 from ...teachers import TeacherAdapter
+from ..teachers import Teacher, build_episode
 from .arguments import parse_arguments
 from .checkpoint import (
     ResumedOptimizer,
@@ -33,9 +34,10 @@ from .checkpoint import (
     unwrapped,
     without_heads,
 )
-from .data import number_samples, read_teachers
+from .data import number_samples
 from .model import OpenClipLoss, add_heads
 from .online import load_state, online_prototypes, save_state
+from .teachers import read_teachers
 
 
 class Launcher:
@@ -54,7 +56,7 @@ class Launcher:
         self.host = require("open_clip_train.main", "open-clip")
         names = ("create_model_and_transforms", "get_data", "create_loss", "train_one_epoch", "pt_load")
         self.original = {name: getattr(self.host, name) for name in names}
-        self.teachers: dict[str, TeacherAdapter] = {}  # read when the number of samples is known
+        self.teachers: dict[str, Teacher] = {}  # read when the data are known
         given = options.proto_teacher and options.proto_weight_external > 0
         self.has_terms = options.proto_weight > 0 or bool(given)
         self.model: Any = None
@@ -77,11 +79,11 @@ class Launcher:
         return checkpoint_to_resume(self.original["pt_load"](path, *args, **kwargs), self.model.proto, path)
 
     def get_data(self, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """The data, with an index per training sample if there will be prototypes of episodes."""
+        """The data, with an index per training sample if there will be prototypes of episodes, or a teacher."""
         data = self.original["get_data"](args, *rest, **kwargs)
-        if "train" in data and self.has_terms and not self.options.proto_online:
+        if "train" in data and self.has_terms and (self.options.proto_teacher or not self.options.proto_online):
             if self.options.proto_teacher:
-                self.teachers = read_teachers(self.options, data["train"])
+                self.teachers = {**read_teachers(self.options, data["train"])}
             data["train"] = number_samples(data["train"], args.seed, args.accum_freq)
         return data
 
@@ -115,12 +117,13 @@ class Launcher:
         module, self.optimizer = unwrapped(model), optimizer
         online = self.has_terms and self.options.proto_online
         clusters = self.has_terms and not online and epoch >= self.options.proto_warmup_epochs
-        loss.batches = data["train"].dataloader if clusters else None
+        loss.batches = data["train"].dataloader if clusters or (online and self.teachers) else None
         if not online:
-            loss.proto.set_prototypes(self._prototypes(module, data["train"], epoch, args) if clusters else None)
+            loss.proto.set_prototypes(self._prototypes(module, data["train"], epoch, args, loss.proto) if clusters else None)
         elif loss.proto.prototypes is None:
             loss.proto.set_prototypes(online_prototypes(self.options, data["train"].dataloader, args))
             load_state(loss.proto, epoch, args)
+            loss.teachers = self.teachers
         after_step = optimizer.register_step_post_hook(lambda *_: module.proto.clamp_scale())
         rest = (optimizer, scaler, scheduler, dist_model, args)
         try:
@@ -130,7 +133,7 @@ class Launcher:
         if online:
             save_state(loss.proto, epoch + 1, args)
 
-    def _prototypes(self, module: nn.Module, train: Any, epoch: int, args: Any) -> Prototypes:
+    def _prototypes(self, module: nn.Module, train: Any, epoch: int, args: Any, loss: ProtoLoss) -> Prototypes:
         start, o = time.perf_counter(), self.options
         host = require("open_clip_train.train", "open-clip")
         device, dtype = torch.device(args.device), host.get_input_dtype(args.precision)
@@ -145,8 +148,11 @@ class Launcher:
         train.set_epoch(epoch)
         bank = extract(module, train.dataloader.extraction, project)
         number = o.proto_num_prototypes or max(1, train.dataloader.num_samples // 10)
-        clusterer = EpisodicClusterer(number, niter=o.proto_niter, nredo=o.proto_nredo, seed=args.seed)
-        prototypes = clusterer.build(bank, self.teachers)
+        clusterer = EpisodicClusterer(number, niter=o.proto_niter, nredo=o.proto_nredo, seed=args.seed, device=device)
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, TeacherAdapter):  # once: every epoch has all rows of the csv
+                self.teachers[name] = clusterer.fit_teacher(teacher)
+        prototypes = build_episode(clusterer, bank, self.teachers, loss)
         took = time.perf_counter() - start
         logging.info(f"Episode {epoch}: {len(prototypes.index)} samples, {number} prototypes of each kind, {took:.1f} s")
         return prototypes

@@ -1,5 +1,6 @@
 """Projection heads for open_clip's models, and ProtoLoss with the signature of open_clip's losses."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..._checks import require
 from ...heads import ProjectionHeads, mix_in
 from ...losses import ProtoLoss
+from ..teachers import Teacher, labels_or_features
 from .data import IndexedBatches
 
 
@@ -61,7 +63,8 @@ class OpenClipLoss(nn.Module):
     def __init__(self, proto: ProtoLoss, pair: nn.Module | None = None) -> None:
         super().__init__()
         self.proto, self.pair = proto, pair
-        self.batches: IndexedBatches | None = None  # set for an epoch with an episode's prototypes
+        self.batches: IndexedBatches | None = None  # set for an epoch whose samples have to be known by their index
+        self.teachers: Mapping[str, Teacher] = {}  # of online mode
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = True, **outputs: Any
@@ -69,9 +72,11 @@ class OpenClipLoss(nn.Module):
         """The parts of the loss, each already weighted."""
         teacher = {name: outputs.pop(name) for name in [*outputs] if name.startswith("dist_")}  # of open_clip's distillation
         scale = outputs.pop("logit_scale_proto").mean()  # under --accum-freq one entry per batch, all equal
-        index = None if self.batches is None else self.batches.index().to(image_features.device)
+        known: dict[str, Any] = {}
+        if self.batches is not None:
+            known = labels_or_features(self.proto, self.teachers, self.batches.index().to(image_features.device))
         features = (image_features, text_features, logit_scale)
-        parts: Any = self.proto(*features, logit_scale_proto=scale, index=index, output_dict=True, **outputs)
+        parts: Any = self.proto(*features, logit_scale_proto=scale, output_dict=True, **known, **outputs)
         if self.pair is not None:
             bias = {"logit_bias": outputs["logit_bias"]} if "logit_bias" in outputs else {}
             pair = self.pair(*features, output_dict=True, **bias, **teacher)

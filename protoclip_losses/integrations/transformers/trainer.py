@@ -13,8 +13,7 @@ from ...distributed import active_group, gather_sizes, validate_on_all_ranks
 from ...episodes import EpisodeOrder, EpisodeSampler, extract
 from ...losses import ProtoLoss
 from ...prototypes import EpisodicClusterer, Prototypes
-from ...teachers import TeacherAdapter
-from ..teachers import check_rows
+from ..teachers import Teacher, build_episode, check_rows, labels_or_features
 from .data import CollateNumbered, NumberedData
 from .model import add_heads, check_heads
 from .state import check_checkpoint, load_state, save_state
@@ -45,7 +44,9 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         episode_size: samples per epoch; default the whole data set.
         warmup_epochs: first epochs without prototypes.
         clusterer: used instead of ``EpisodicClusterer(num_prototypes, seed=args.data_seed or args.seed)``.
-        teachers: external teachers by name; row i belongs to item i of ``train_dataset``.
+        teachers: external teachers by name; row i belongs to item i of ``train_dataset``. A :class:`TeacherAdapter` is clustered
+            in each episode; a :class:`Clustering` of all items, as ``EpisodicClusterer.fit_teacher`` returns, or a
+            :class:`KMeansResult` is not clustered again. Online mode takes a :class:`TeacherAdapter`.
         heads: arguments of :func:`add_heads`.
         train_dataset: items that the collator makes a mapping of batches of; None for evaluation alone.
 
@@ -64,7 +65,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         episode_size: int | None = None,
         warmup_epochs: int = 1,
         clusterer: EpisodicClusterer | None = None,
-        teachers: Mapping[str, TeacherAdapter] | None = None,
+        teachers: Mapping[str, Teacher] | None = None,
         heads: Mapping[str, Any] | None = None,
         train_dataset: Any = None,
         **trainer: Any,
@@ -76,7 +77,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
             if not hasattr(train_dataset, "__len__") or isinstance(train_dataset, IterableDataset):
                 name = type(train_dataset).__name__
                 raise TypeError(f"train_dataset must have a length and be read by number, got {name}")
-            check_rows(self.teachers, len(train_dataset), "train_dataset")
+            validate_on_all_ranks(lambda: check_rows(self.teachers, len(train_dataset), "train_dataset"), active_group(None))
             seed = args.seed if args.data_seed is None else args.data_seed
             self.order = EpisodeOrder(EpisodeSampler(len(train_dataset), episode_size or len(train_dataset), seed=seed))
             number = num_prototypes or max(1, len(self.order) // 10)
@@ -127,7 +128,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         keeps = is_resumed and self.is_restored and self._has_prototypes_of(number)
         if not all(gather_sizes(int(keeps), active_group(None))):  # extraction and clustering are for all ranks or for none
             bank = extract(self.model, self._own_batches(number), self._project)
-            self.loss.set_prototypes(self.clusterer.build(bank, self.teachers))
+            self.loss.set_prototypes(build_episode(self.clusterer, bank, self.teachers, self.loss))
 
     def _has_prototypes_of(self, number: int) -> bool:
         # With another batch size, a resumed step may be in another epoch.
@@ -159,10 +160,7 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         index = inputs["index"]
         outputs = model(**{name: x for name, x in inputs.items() if name != "index"})
-        labels = {"index": index}
-        if self.online:
-            labels = {"teacher_features": {name: x[index.cpu()].to(index.device) for name, x in self.teachers.items()}}
-        loss = self.loss(**outputs, **labels)
+        loss = self.loss(**outputs, **labels_or_features(self.loss, self.teachers, index))
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

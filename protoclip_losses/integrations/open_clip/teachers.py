@@ -1,0 +1,58 @@
+"""The teachers of ``--proto-teacher``: files with a row for each row of the csv, or the words of its captions."""
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+
+from ...distributed import active_group, validate_on_all_ranks
+from ...teachers import TeacherAdapter
+
+WORDS = "words"
+BLOCK = 65_536  # rows that are looked at together
+
+
+def read_teachers(options: argparse.Namespace, info: Any) -> dict[str, TeacherAdapter]:
+    """The teachers, which have a row for each row of the training data. A word for one that has more.
+
+    Raises:
+        ValueError: a WebDataset, a teacher with fewer rows, data without captions; on all ranks if on one.
+    """
+    files = {name: file for name, file in options.proto_teacher if file is not None}
+    if info.shared_epoch is not None:
+        words = (
+            ", and the words of its captions have to be known before training" if len(files) < len(options.proto_teacher) else ""
+        )
+        raise ValueError(f"--proto-teacher needs --dataset-type csv: samples of a WebDataset have no row number{words}")
+    data = info.dataloader.dataset
+    samples, found = len(data), {}
+
+    def read() -> None:
+        for name, file in files.items():
+            found[name] = TeacherAdapter.from_file(file, options.proto_teacher_dim)
+            if len(found[name]) < samples:
+                raise ValueError(f"--proto-teacher: {file} must have a row for each of {samples} samples, got {len(found[name])}")
+        if len(files) < len(options.proto_teacher) and not hasattr(data, "captions"):
+            raise ValueError(f"--proto-teacher {WORDS} needs the captions of a csv, got a {type(data).__name__}, which has none")
+
+    validate_on_all_ranks(read, active_group(None), lambda: {name: repr(teacher) for name, teacher in found.items()})
+    for name, teacher in found.items():
+        if len(teacher) > samples:
+            logging.warning(
+                f"--proto-teacher {name} has {len(teacher)} rows for {samples} samples of --train-data, and row i is taken for "
+                "sample i: check that both are of the same samples in the same order"
+            )
+    return {
+        name: found[name] if name in found else _of_words(data.captions, options.proto_teacher_dim)
+        for name, _ in options.proto_teacher
+    }
+
+
+def _of_words(captions: list[Any], dim: int) -> TeacherAdapter:
+    """A teacher of the captions as open_clip has read them: text, or NaN where a cell of the csv is empty."""
+    teacher = TeacherAdapter.from_captions([str(text) if text == text else "" for text in captions], dim)
+    rows = torch.split(torch.arange(len(teacher), device="cpu"), BLOCK)
+    unlabelled = sum(int((~teacher[index].any(1)).sum()) for index in rows)
+    logging.info(f"--proto-teacher {WORDS}: {unlabelled} of {len(teacher)} captions have no known word, and get no label")
+    return teacher
