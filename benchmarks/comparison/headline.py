@@ -88,7 +88,11 @@ def header(table: Table) -> list[str]:
 
 
 def markdown(table: Table, runs: Runs) -> str:
-    lines = [header(table), ["---"] * len(header(table)), *rows_of(table, runs, FEWEST_SEEDS)]
+    """The table as README has it; empty while no arm has enough seeds."""
+    rows = rows_of(table, runs, FEWEST_SEEDS)
+    if not rows:
+        return ""
+    lines = [header(table), ["---"] * len(header(table)), *rows]
     return "\n".join([f"{table.title}:", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
@@ -105,7 +109,7 @@ def main() -> None:
     if args.rst is not None:
         args.rst.write_text("\n".join(rst(table, runs) for table, runs in tables))
         return
-    print("\n\n".join(markdown(table, runs) for table, runs in tables))
+    print("\n\n".join(filter(None, (markdown(table, runs) for table, runs in tables))))
 
 
 if __name__ == "__main__":

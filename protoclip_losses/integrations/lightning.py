@@ -39,9 +39,9 @@ class ProtoCLIPCallback(Callback):  # type: ignore[misc]
         num_prototypes: K; default one per 10 samples of an epoch, of all processes.
         warmup_epochs: first epochs without prototypes.
         clusterer: used instead of ``EpisodicClusterer(num_prototypes)``.
-        teachers: external teachers by name; row i belongs to item i of the data set. A :class:`TeacherAdapter` is clustered in
-            each episode; a :class:`Clustering` of all items, as ``EpisodicClusterer.fit_teacher`` returns, or a
-            :class:`KMeansResult` is not clustered again.
+        teachers: external teachers by name; row i belongs to item i of the data set. A ``TeacherAdapter`` is clustered in
+            each episode; a :class:`~protoclip_losses.Clustering` of all items, as ``EpisodicClusterer.fit_teacher`` returns, or
+            a :class:`~protoclip_losses.KMeansResult` is not clustered again.
 
     Raises:
         TypeError: when the fit begins, a module without a loss or ``project``, or data that are not one DataLoader of a data set

@@ -44,9 +44,9 @@ class ProtoCLIPTrainer(Trainer):  # type: ignore[misc]
         episode_size: samples per epoch; default the whole data set.
         warmup_epochs: first epochs without prototypes.
         clusterer: used instead of ``EpisodicClusterer(num_prototypes, seed=args.data_seed or args.seed)``.
-        teachers: external teachers by name; row i belongs to item i of ``train_dataset``. A :class:`TeacherAdapter` is clustered
-            in each episode; a :class:`Clustering` of all items, as ``EpisodicClusterer.fit_teacher`` returns, or a
-            :class:`KMeansResult` is not clustered again. Online mode takes a :class:`TeacherAdapter`.
+        teachers: external teachers by name; row i belongs to item i of ``train_dataset``. A ``TeacherAdapter`` is clustered in
+            each episode; a :class:`~protoclip_losses.Clustering` of all items, as ``EpisodicClusterer.fit_teacher`` returns, or
+            a :class:`~protoclip_losses.KMeansResult` is not clustered again. Online mode takes a ``TeacherAdapter``.
         heads: arguments of :func:`add_heads`.
         train_dataset: items that the collator makes a mapping of batches of; None for evaluation alone.
 
