@@ -55,6 +55,7 @@ class ProtoLoss(PrototypeModule):
         process_group: None for the default group, ``False`` to stay local, or a group.
         gather_with_grad: of InfoNCE, see :class:`InfoNCE`; prototype terms are exact in either case.
         chunk_size: rows worked on at a time; any value gives the same answer.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only; ``True`` forces it.
 
     Attributes:
@@ -93,6 +94,7 @@ class ProtoLoss(PrototypeModule):
         process_group: Group | bool | None = None,
         gather_with_grad: bool = True,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
         settings = ObjectiveSettings(
@@ -108,6 +110,7 @@ class ProtoLoss(PrototypeModule):
             distill_temperature,
             repeats,
             chunk_size,
+            memory_budget,
             check_values,
         )
         super().__init__(settings, process_group)
@@ -203,7 +206,7 @@ class ProtoLoss(PrototypeModule):
         parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
         metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
-            own_settings = self.settings.chunk_size, self.settings.gather_with_grad, ids, self.settings.repeats
+            own_settings = self.settings.limit, self.settings.gather_with_grad, ids, self.settings.repeats
             share, metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
             parts["contrastive_loss"] = self.settings.w_clip * share
         if self.settings.w_distill:

@@ -182,7 +182,7 @@ class WeightedTerms:
                 scale,
                 delta,
                 term.valid,
-                self.settings.chunk_size,
+                self.settings.limit,
                 with_accuracy=True,
             )
             parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
