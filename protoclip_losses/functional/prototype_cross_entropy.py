@@ -130,10 +130,11 @@ def check_term(
         raise ValueError(f"{columns} must have at least one row, got shape {check.shape(prototypes)}")
     if not check.values_are_checked(features, check_values, prototypes, labels, valid):
         counted = labels != ignore_index
-        safe = labels.where(counted, 0)
-        good = (safe >= 0) & (safe < prototypes.shape[0])
+        safe = labels * counted
+        within = safe.clamp(0, prototypes.shape[0] - 1)
+        good = within == safe
         if valid is not None and hard:
-            good &= valid[safe.clamp(0, prototypes.shape[0] - 1)] | ~counted
+            good &= valid[within] >= counted  # or it does not count
         assert_on_device(good)
         return counted, safe
     row_mask: Tensor | None = None

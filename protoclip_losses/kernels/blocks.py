@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._dtypes import may_read_values as may_read_values  # as a name of this module, which tests replace
-from .._dtypes import sum_dtype
+from .._dtypes import may_read_values, sum_dtype
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import may_read_values
 from ..distributed import RankRows
-from . import blocks
 from .autograd import recomputed_blocks, run
 from .blocks import product_dtype
 from .info_nce_large_blocks import COPIES, pair_nll_in_large_blocks
@@ -52,7 +52,7 @@ def pair_nll(
     """
     with torch.autocast(image.device.type, enabled=False):
         ranks = ranks or RankRows(None, [image.shape[0]])
-        form = pair_nll_in_small_blocks if blocks.may_read_values(image) else pair_nll_in_large_blocks
+        form = pair_nll_in_small_blocks if may_read_values(image) else pair_nll_in_large_blocks
         return form(image, text, scale, chunk, cache_logits, with_gradient, with_accuracy, ids, ranks)
 
 

@@ -9,7 +9,7 @@ from .. import _checks as check
 from .._dtypes import is_transformed
 from ..distributed import Group, active_group, validate_rows
 from ..functional.info_nce import check_ids, check_pairs
-from ..kernels.autograd import keep_in_graph
+from ..kernels.autograd import keep_all_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows, own_gradients
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
@@ -202,8 +202,8 @@ class ProtoLoss(PrototypeModule):
             warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
             warn_of_one_projection(image_features_projected, text_features_projected)
-        zero = scale.detach().new_zeros(())
-        parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
+        # A zero each: torch.compile traces no function of one tensor given twice.
+        parts = {name: scale.detach().new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
         metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
             own_settings = self.settings.limit, self.settings.gather_with_grad, ids, self.settings.repeats
@@ -213,7 +213,7 @@ class ProtoLoss(PrototypeModule):
             parts["distillation_loss"] = self.settings.w_distill * distillation_share(batch, proto_scale, self.settings, ranks)
         terms.add_to(parts, metrics, batch, scales, labels, ranks)
         given = image_features, text_features, logit_scale, logit_bias, proto_scale, teacher_features, *batch.by_name.values()
-        parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
+        parts = dict(zip(parts, keep_all_in_graph(list(parts.values()), *given), strict=True))
         self._end(first, batch, labels, ranks, metrics, parts.values())
         if output_dict:
             return parts

@@ -5,9 +5,9 @@ import pytest
 import torch
 from cases import assert_near, assert_same, leaf, set_sizes, unit
 
-from protoclip_losses import InfoNCE
+from protoclip_losses import InfoNCE, _dtypes
 from protoclip_losses.functional import caption_ids, info_nce
-from protoclip_losses.kernels import blocks, info_nce_small_blocks
+from protoclip_losses.kernels import info_nce_small_blocks
 
 IDS = torch.tensor([5, 7, 5, -3, 7, 5, 2**62, 0, -3, 1, 4])
 EVERY = {"some": IDS, "none": torch.arange(11), "all": torch.zeros(11, dtype=torch.int64)}
@@ -25,7 +25,7 @@ def batch(dtype=torch.float64, scale=9.0):
 def test_value_and_gradients(repeats, ids, chunk_size, budget, reach, monkeypatch):
     set_sizes(monkeypatch, memory_budget=budget)
     if reach is None:
-        monkeypatch.setattr(blocks, "may_read_values", lambda x: False)
+        monkeypatch.setattr(_dtypes, "READABLE", set())
     else:
         monkeypatch.setattr(info_nce_small_blocks, "REACH", reach)
     assert_same(
