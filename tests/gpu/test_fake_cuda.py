@@ -6,11 +6,12 @@ Only a CUDA build of torch can pretend; the hosts' environment has one, and CI f
 import fake_cuda as fake
 import pytest
 import torch
-from cases import episode
+from cases import episode, unit
 
-from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss, RelationalDistillation
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, PrototypeLoss, RelationalDistillation
 from protoclip_losses.functional import info_nce, prototype_cross_entropy, relational_distillation
 from protoclip_losses.kernels import sizes
+from protoclip_losses.prototypes import BatchFeatures
 
 pytestmark = pytest.mark.skipif(not fake.CAN_PRETEND, reason="needs a CUDA build of torch 2.10 or later")
 
@@ -80,9 +81,9 @@ PAIRS = {
 }
 
 
-def assert_cheap(call, most):
+def assert_cheap(call, most, counts_rows=False):
     seen = fake.operators(call)
-    assert seen.made_on_cpu == {}
+    assert counts_rows or seen.made_on_cpu == {}
     assert seen.total <= most, f"{seen.total} operators: {dict(seen.counts.most_common())}"
 
 
@@ -182,3 +183,37 @@ def test_a_mixed_device_and_a_value_read_back_are_seen():
         fake.labels(B).nonzero()
     assert fake.operators(lambda: torch.ones(2, device="cpu")).made_on_cpu == {"ones": 1}
     assert fake.operators(lambda: h(torch.float32).detach()[0].exp()).total == 1
+
+
+def online(every):
+    """A loss whose prototypes are those of features that follow training, after warm-up."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        loss = ProtoLoss(target_temperature=0.3)
+        loss.set_prototypes(OnlinePrototypes(K, queue_size=2 * B, every=every, warmup=2))
+        for seed in range(3):
+            x = [unit(B, D, seed + i, torch.float32).requires_grad_() for i in range(2)]
+            loss(*x, 10.0, teacher_features={"t": unit(B, 9, seed, torch.float32)})
+    return loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_online_steps(dtype, monkeypatch):
+    """560 to 980 operators and 50 to 105 values that were read back, once."""
+    loss = online(every=100)
+    # Which rows are due is arithmetic on the CPU, whose numbers this mode does not compute.
+    monkeypatch.setattr(loss.prototypes.queue, "due", lambda *_: torch.arange(30, device="cpu"))
+    teacher = {"t": fake.rows(B, 9, leaf=False)}
+
+    def step():
+        loss(h(dtype), h(dtype), scale(), teacher_features=teacher, output_dict=True)
+
+    assert_cheap(step, 660, counts_rows=True)  # the first moves queue and prototypes, and computes targets
+    for _ in range(3):
+        assert_cheap(step, 560, counts_rows=True)
+    assert loss.prototypes.step == 7
+
+
+def test_labels_of_online_prototypes():
+    prototypes = online(every=100).prototypes
+    batch = BatchFeatures({"image": h(torch.float32), "text": h(torch.float32)}, {"t": fake.rows(B, 9, leaf=False)})
+    assert {x.shape for x in prototypes.labels(batch).values()} == {(B,)}

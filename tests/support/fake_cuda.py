@@ -32,10 +32,9 @@ class Operators(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if func.namespace != "prim" and name not in VIEWS:
-            self.counts[name] += 1
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor) and x.device.type == "cpu":
-                    self.made_on_cpu[name] += 1
+            tensors = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+            is_on_cpu = any(x.device.type == "cpu" for x in tensors)
+            (self.made_on_cpu if is_on_cpu else self.counts)[name] += 1
         return out
 
     @property
