@@ -25,9 +25,10 @@ def info_nce(
         \mathcal{L} = \tfrac{1}{2} \left[ \mathrm{CE}(s Z^I {Z^T}^\top, \mathrm{diag})
         + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
 
-    where :math:`Z^I, Z^T` are the features of the two modalities, row i of one belonging to row i of the other, and :math:`s` is
-    the exponentiated logit scale. No B x B tensor is held beyond 512 MiB of logits; above that they are computed twice and
-    memory is linear in B. This function runs on one process; :class:`protoclip_losses.InfoNCE` gathers over processes.
+    where :math:`Z^I, Z^T` are the features of the two modalities, row i of one belonging to row i of the other, and
+    :math:`s` is the exponentiated logit scale. No B x B tensor is held where logits do not fit the memory budget (by
+    default 512 MiB on a CPU, 1 GiB on an accelerator); they are computed twice then and memory is linear in B. This
+    function runs on one process; :class:`protoclip_losses.InfoNCE` gathers over processes.
 
     Args:
         image_features: (B, d), L2-normalised by the caller.

@@ -16,7 +16,7 @@ from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_pr
 from .module import untraced_if
 from .prototype_module import PrototypeModule
 from .relational_distillation import check_distillation, distillation_share
-from .settings import ObjectiveSettings
+from .settings import ObjectiveSettings, block_limit
 
 
 class ProtoLoss(PrototypeModule):
@@ -206,7 +206,7 @@ class ProtoLoss(PrototypeModule):
         parts = {name: scale.detach().new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
         metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
-            own_settings = self.settings.limit, self.settings.gather_with_grad, ids, self.settings.repeats
+            own_settings = block_limit(self.settings), self.settings.gather_with_grad, ids, self.settings.repeats
             share, metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
             parts["contrastive_loss"] = self.settings.w_clip * share
         if self.settings.w_distill:

@@ -26,9 +26,10 @@ class PrototypeLoss(nn.Module):
     (:func:`protoclip_losses.functional.prototype_cross_entropy`).
     **Related:** :func:`protoclip_losses.functional.soft_targets`, :class:`PrototypicalBackTranslation`.
 
-    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is computed when a
-    label first needs it, and cached while both centroid tensors stay the same objects at the same version; writing to either in
-    place, or passing another, clears the cache.
+    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is computed
+    when a label first needs it (on an accelerator all rows at once, as it would be waited for to know which), and cached
+    while both centroid tensors stay the same objects at the same version; writing to either in place, or passing another,
+    clears the cache.
 
     Args:
         target_temperature: :math:`\tau_y`; None, 0 or -1 means hard targets (one-hot of the label).

@@ -13,7 +13,7 @@ from ..kernels.sizes import BlockLimit
 from ..prototypes.source import BatchFeatures
 from .info_nce import collective_signature, num_rows, own_gradients
 from .module import LossModule
-from .settings import ObjectiveSettings
+from .settings import ObjectiveSettings, block_limit
 
 
 class RelationalDistillation(LossModule):
@@ -118,7 +118,7 @@ def distillation_share(batch: BatchFeatures, logit_scale: Tensor | float, settin
     for teacher in batch.teachers.values():
         for h in batch.students.values():
             scale = check.scale("logit_scale_proto", logit_scale, h, False)
-            shares.append(relation_share(h, teacher, scale, settings.distill_temperature, ranks, settings.limit))
+            shares.append(relation_share(h, teacher, scale, settings.distill_temperature, ranks, block_limit(settings)))
     return torch.stack(shares).mean()
 
 

@@ -47,11 +47,6 @@ class ObjectiveSettings:
         """The settings that must be equal on all ranks; blocks and checks may differ."""
         return replace(self, chunk_size=None, memory_budget=None, check_values=None).as_arguments()
 
-    @property
-    def limit(self) -> BlockLimit:
-        """How large blocks of logits may be."""
-        return BlockLimit(self.chunk_size, self.memory_budget)
-
     def as_arguments(self) -> str:
         """The settings as they are written in a constructor call."""
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
@@ -70,3 +65,8 @@ class ObjectiveSettings:
         """Raise ValueError if a weight is given for a teacher that is not among these."""
         if isinstance(self.w_external, Mapping) and (unknown := self.w_external.keys() - external):
             raise ValueError(f"w_external must name external teachers, which are {sorted(external)}, got {sorted(unknown)}")
+
+
+def block_limit(settings: ObjectiveSettings) -> BlockLimit:
+    """How large blocks of logits may be."""
+    return BlockLimit(settings.chunk_size, settings.memory_budget)

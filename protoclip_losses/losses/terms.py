@@ -14,7 +14,7 @@ from ..functional._labels import heaviest, mixed, mixture_weights
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
 from .misuse import UseOfPrototypes
-from .settings import ObjectiveSettings
+from .settings import ObjectiveSettings, block_limit
 from .soft_target_cache import SoftTargetCache
 
 
@@ -182,7 +182,7 @@ class WeightedTerms:
                 scale,
                 delta,
                 term.valid,
-                self.settings.limit,
+                block_limit(self.settings),
                 with_accuracy=True,
             )
             parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
