@@ -56,12 +56,6 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} but {other_name} is on {other.device}; move one of them")
 
 
-def chunk_rows(chunk_size: int | None) -> None:
-    """Check the number of rows that are worked on at a time."""
-    if chunk_size is not None:
-        at_least("chunk_size", chunk_size, 1)
-
-
 def reduction(value: str) -> None:
     """Check how the losses of rows are put together."""
     if value not in ("mean", "sum", "none"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+READABLE = {"cpu"}  # types of devices that no reading waits for
 INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
@@ -44,7 +45,7 @@ def without_transforms(x: Tensor) -> Tensor:
 
 def may_read_values(*tensors: Tensor) -> bool:
     """Whether values can be read for free: an accelerator would be waited for, and graphs and vmap have none."""
-    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in tensors):
+    if torch.compiler.is_compiling() or any(x.device.type not in READABLE for x in tensors):
         return False
     return not (is_transformed() and any(is_batched(x) for x in tensors))
 

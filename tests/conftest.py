@@ -1,9 +1,10 @@
 """Fixtures that several files use."""
 
 import pytest
+from cases import set_sizes
 from rank_cases import pytest_pycollect_makemodule  # noqa: F401
 
-from protoclip_losses.kernels import blocks
+from protoclip_losses import _dtypes
 from protoclip_losses.prototypes import renewal
 
 
@@ -11,9 +12,9 @@ from protoclip_losses.prototypes import renewal
 def form(request):
     """Logits of any size in blocks, as on a CPU and as on an accelerator, where no branch depends on values; then densely."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "DENSE_LOGITS", 2**62 if request.param == "dense" else 0)
+        set_sizes(patch, dense_logits=2**62 if request.param == "dense" else 0)
         if request.param == "accelerator":
-            patch.setattr(blocks, "may_read_values", lambda x: False)
+            patch.setattr(_dtypes, "READABLE", set())
         yield request.param
 
 

@@ -54,7 +54,7 @@ class PrototypeCase(Case):
             self.labels = torch.cat([self.labels[:, None], torch.randint(columns, (batch, 7), device=device)], dim=1)
 
     def calls(self) -> dict[str, Call]:
-        rows = rows_per_block(len(self.prototypes), self.dtype, None)
+        rows = rows_per_block(len(self.prototypes), self.dtype, self.prototypes.device)
         calls: dict[str, Call] = {"ours": self.ours, "compiled": self.compiled, "dense": self.dense}
         if self.kind == "mixture":
             calls["one label"] = lambda: self.ours(self.labels[:, 0])
@@ -172,7 +172,7 @@ class PairCase(Case):
 
     def floor(self, products: int) -> None:
         """Three or four matrix products of B x B x d, on blocks of rows."""
-        rows = rows_per_block(len(self.image), torch.float32, None)
+        rows = rows_per_block(len(self.image), torch.float32, self.image.device)
         out, back = torch.empty_like(self.image), torch.zeros_like(self.text)
         block = self.image.new_empty((rows, len(self.image)))
         for start in range(0, len(self.image), rows):
@@ -235,7 +235,7 @@ class TargetsCase(Case):
         return ((centroids @ centroids.T / 0.1).softmax(1) @ self.prototypes.to(dtype),)
 
     def floor(self) -> None:
-        rows = rows_per_block(len(self.prototypes), torch.float32, None)
+        rows = rows_per_block(len(self.prototypes), torch.float32, self.prototypes.device)
         for start in range(0, len(self.prototypes), rows):
             torch.mm(torch.mm(self.centroids[start : start + rows], self.centroids.T), self.prototypes)
 

@@ -2,29 +2,57 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from protoclip_losses import OnlinePrototypes
 from protoclip_losses.kernels import blocks
-from protoclip_losses.kernels.blocks import rows_per_block
 
 __all__ = ["fill_queue", "rows_per_block", "without_logits_budget"]
 
-# 0.6 kept the budget elsewhere; with this line the benchmark also measures that version.
-_budget: Any = blocks if hasattr(blocks, "LOGITS_BUDGET") else import_module("protoclip_losses.functional.contrastive")
+
+def _module(name: str) -> Any:
+    """A module of the library; None in a version without it."""
+    try:
+        return import_module(f"protoclip_losses.{name}")
+    except ImportError:
+        return None
+
+
+# So that the benchmark also measures earlier versions: 0.7.2 kept sizes in kernels.blocks, 0.6 the budget elsewhere.
+_sizes = _module("kernels.sizes")
+_budget: Any = blocks if hasattr(blocks, "LOGITS_BUDGET") else _module("functional.contrastive")
+
+
+def rows_per_block(columns: int, dtype: torch.dtype, device: str | torch.device) -> int:
+    """Rows of a block of logits, as the library chooses them."""
+    rows: int
+    if _sizes is None:
+        rows = _module("kernels.blocks").rows_per_block(columns, dtype, None)
+    else:
+        rows = _sizes.rows_per_block(columns, dtype, torch.device(device))
+    return rows
 
 
 @contextmanager
 def without_logits_budget() -> Iterator[None]:
     """InfoNCE as it runs beyond its memory budget for logits: none are kept between the passes."""
-    before, _budget.LOGITS_BUDGET = _budget.LOGITS_BUDGET, 0
+    if _sizes is None:
+        before, _budget.LOGITS_BUDGET = _budget.LOGITS_BUDGET, 0
+    else:
+        before = dict(_sizes.SIZES)
+        _sizes.SIZES.update({name: replace(x, memory_budget=0) for name, x in before.items()})
     try:
         yield
     finally:
-        _budget.LOGITS_BUDGET = before
+        if _sizes is None:
+            _budget.LOGITS_BUDGET = before
+        else:
+            _sizes.SIZES.update(before)
 
 
 def fill_queue(prototypes: OnlinePrototypes, image: Tensor, text: Tensor) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .._dtypes import plain_arithmetic, sum_dtype
-from ..kernels.blocks import rows_per_block
+from ..kernels.sizes import rows_per_block
 from .origin import LARGEST_LENGTH, SMALLEST_LENGTH, centroid_origin
 
 BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
+COPIES = 4  # of a block's rows that are held with their scores
 COMPARED_CENTROIDS, COMPARED_ROWS = 6, 256  # whose distances are compared at a time, where scores are not enough
 GROUPS = 64  # a maximum of values is ten times faster than one with its position; it narrows the search to one group
 
@@ -83,6 +84,25 @@ def nearest(
     if len(rows):
         labels[rows] = _lowest_of_equals(labels[rows], centroids)
     return labels
+
+
+@plain_arithmetic()
+def nearest_without_waiting(points: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest centroid of each row, (N,), the lowest id among equals, in operators whose shapes depend on no value.
+
+    For a training step on an accelerator, which :func:`nearest` would wait for. Of all rows distances are compared, from the few
+    centroids with the highest scores in float32: enough for features whose lengths are alike.
+    """
+    centroids = centroids.to(device=points.device, dtype=torch.float32)
+    origin, wide, count = centroids.mean(0), sum_dtype(points.device), 1 + COMPARED_CENTROIDS
+    scores = Scores(centroids - origin)
+    rows = min(scores.step, rows_per_block(count * points.shape[1], wide, points.device, copies=COPIES))
+    labels = []
+    for x in torch.split(points, rows):
+        ids = scores.shortlist(x.float() - origin, count)[1]
+        distances = (x[:, None].to(wide) - centroids[ids]).square().sum(2)
+        labels.append(ids.gather(1, distances.argmin(1, keepdim=True))[:, 0])
+    return torch.cat(labels)
 
 
 class _Search:
@@ -167,8 +187,12 @@ class Scores:
         ids = torch.arange(GROUPS * self.group_size, device=centroids.device).view(GROUPS, self.group_size).T.flatten()
         self.columns = centroids[ids.clamp(max=count - 1)].T
         self.half_norms = (self.columns.square().sum(0) / 2).masked_fill(ids >= count, torch.inf)
-        self.step = rows_per_block(len(self.half_norms), centroids.dtype, None)
-        self.buffer = centroids.new_empty((self.step, len(self.half_norms)))
+        rows = (
+            rows_per_block(columns, centroids.dtype, centroids.device)
+            for columns in (len(self.half_norms), COPIES * len(self.columns))
+        )
+        self.step = min(rows)
+        self.buffer = self.half_norms.new_empty((0, len(self.half_norms)))
 
     def best(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's highest score, its centroid (the lowest id among equals), and the highest score of the others."""
@@ -205,6 +229,8 @@ class Scores:
 
     def _grouped(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (b, group size, groups), and the highest of each group (b, groups)."""
+        if len(block) > len(self.buffer):
+            self.buffer = self.buffer.new_empty((len(block), len(self.half_norms)))
         scores = torch.addmm(self.half_norms, block, self.columns, beta=-1, out=self.buffer[: len(block)])
         groups = scores.view(len(block), self.group_size, GROUPS)
         return groups, groups.amax(1)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..kernels.info_nce import pair_nll_rows, pair_nll_sum
+from ..kernels.sizes import BlockLimit
 
 
 def info_nce(
@@ -15,6 +16,7 @@ def info_nce(
     repeats: str = "mask",
     reduction: str = "mean",
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
     r"""InfoNCE: symmetric cross-entropy of matching each image with its text and each text with its image.
@@ -23,9 +25,10 @@ def info_nce(
         \mathcal{L} = \tfrac{1}{2} \left[ \mathrm{CE}(s Z^I {Z^T}^\top, \mathrm{diag})
         + \mathrm{CE}(s Z^T {Z^I}^\top, \mathrm{diag}) \right]
 
-    where :math:`Z^I, Z^T` are the features of the two modalities, row i of one belonging to row i of the other, and :math:`s` is
-    the exponentiated logit scale. No B x B tensor is held beyond 512 MiB of logits; above that they are computed twice and
-    memory is linear in B. This function runs on one process; :class:`protoclip_losses.InfoNCE` gathers over processes.
+    where :math:`Z^I, Z^T` are the features of the two modalities, row i of one belonging to row i of the other, and
+    :math:`s` is the exponentiated logit scale. No B x B tensor is held where logits do not fit the memory budget (by
+    default 512 MiB on a CPU, 1 GiB on an accelerator); they are computed twice then and memory is linear in B. This
+    function runs on one process; :class:`protoclip_losses.InfoNCE` gathers over processes.
 
     Args:
         image_features: (B, d), L2-normalised by the caller.
@@ -37,6 +40,7 @@ def info_nce(
         reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"``: :math:`\tfrac{1}{2}(\ell^I_i + \ell^T_i)` of each pair,
             whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read the values to check that they are finite. None means on CPU in eager mode only.
 
     Returns:
@@ -57,12 +61,12 @@ def info_nce(
         figure 3; ProtoCLIP section III-A, https://arxiv.org/abs/2206.10996.
     """
     scale = check_pairs(image_features, text_features, logit_scale, check_values)
-    check.chunk_rows(chunk_size)
+    limit = BlockLimit(chunk_size, memory_budget)
     check.reduction(reduction)
     check_ids(ids, repeats, image_features)
     if reduction == "none":
-        return pair_nll_rows(image_features, text_features, scale, chunk_size, ids, repeats)
-    total, _ = pair_nll_sum(image_features, text_features, scale, chunk_size, ids=ids, repeats=repeats)
+        return pair_nll_rows(image_features, text_features, scale, limit, ids, repeats)
+    total, _ = pair_nll_sum(image_features, text_features, scale, limit, ids=ids, repeats=repeats)
     return total if reduction == "sum" else total / image_features.shape[0]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import assert_on_device
 from ..kernels.prototype_cross_entropy import label_nll_rows, label_nll_sum
+from ..kernels.sizes import BlockLimit
 from ._labels import check_labels, heaviest, label_range, labels_valid, labels_within, mixed, mixture_weights, valid_mask
 from .soft_targets import base_prototypes
 
@@ -23,6 +24,7 @@ def prototype_cross_entropy(
     ignore_index: int = -1,
     reduction: str = "mean",
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
     r"""Cross-entropy of student features over K prototypes, with hard or soft targets, without a B x K tensor.
@@ -50,6 +52,7 @@ def prototype_cross_entropy(
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"``: the loss of each row, 0 where
             ignored, whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read the values to check labels and finiteness. None means on CPU in eager mode only.
 
     Returns:
@@ -74,7 +77,7 @@ def prototype_cross_entropy(
         check.same_device("targets", targets, "features", features)
     row_mask, safe = check_term(features, prototypes, labels, valid, ignore_index, targets is None, check_values)
     scale = check.scale("logit_scale", logit_scale, features, check_values)
-    check.chunk_rows(chunk_size)
+    limit = BlockLimit(chunk_size, memory_budget)
     check.reduction(reduction)
     if labels.dim() == 2:
         weights, row_mask = mixture_weights(labels, label_weights, row_mask, scale.dtype, check_values)
@@ -87,7 +90,7 @@ def prototype_cross_entropy(
         delta = None if targets is None else targets.index_select(0, safe).to(scale.dtype)
     if delta is not None:
         delta = delta - prototypes.index_select(0, base).to(scale.dtype)
-    inputs = features, prototypes, base, row_mask, scale, delta, valid, chunk_size
+    inputs = features, prototypes, base, row_mask, scale, delta, valid, limit
     loss = label_nll_rows(*inputs) if reduction == "none" else label_nll_sum(*inputs)[0]
     check_finite_loss(loss, row_mask, check_values, features=features, prototypes=prototypes, targets=targets)
     return mean_over_rows(loss, row_mask, features) if reduction == "mean" else loss
@@ -127,10 +130,11 @@ def check_term(
         raise ValueError(f"{columns} must have at least one row, got shape {check.shape(prototypes)}")
     if not check.values_are_checked(features, check_values, prototypes, labels, valid):
         counted = labels != ignore_index
-        safe = labels.where(counted, 0)
-        good = (safe >= 0) & (safe < prototypes.shape[0])
+        safe = labels * counted
+        within = safe.clamp(0, prototypes.shape[0] - 1)
+        good = within == safe
         if valid is not None and hard:
-            good &= valid[safe.clamp(0, prototypes.shape[0] - 1)] | ~counted
+            good &= valid[within] >= counted  # or it does not count
         assert_on_device(good)
         return counted, safe
     row_mask: Tensor | None = None

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..kernels.relational_distillation import relation_kl_rows, relation_kl_sum
+from ..kernels.sizes import BlockLimit
 
 
 def relational_distillation(
@@ -15,6 +16,7 @@ def relational_distillation(
     *,
     reduction: str = "mean",
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
     check_values: bool | None = None,
 ) -> Tensor:
     r"""Divergence of the student's similarities within a batch from the teacher's, without a B x B tensor.
@@ -36,6 +38,7 @@ def relational_distillation(
         reduction: ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``: the divergence of each row, 0 where it does not
             count, whose logits are computed again in backward.
         chunk_size: rows of B worked on at a time; any value gives the same answer. None lets the library choose.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read the values to check that they are finite. None means on CPU in eager mode only.
 
     Returns:
@@ -58,12 +61,12 @@ def relational_distillation(
         Relational Knowledge Distillation, https://arxiv.org/abs/1904.05068.
     """
     scale, temperature = check_relations(features, teacher_features, logit_scale, temperature, check_values)
-    check.chunk_rows(chunk_size)
+    limit = BlockLimit(chunk_size, memory_budget)
     check.reduction(reduction)
     teacher, known = unit_rows(teacher_features.to(scale.dtype))
     if reduction == "none":
-        return relation_kl_rows(features, teacher, scale, known, temperature, chunk_size)
-    total = relation_kl_sum(features, teacher, scale, known, slice(0, len(features)), temperature, chunk_size)
+        return relation_kl_rows(features, teacher, scale, known, temperature, limit)
+    total = relation_kl_sum(features, teacher, scale, known, slice(0, len(features)), temperature, limit)
     return total if reduction == "sum" else total / known.sum().clamp(min=1)
 
 

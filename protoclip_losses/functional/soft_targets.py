@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import accumulation_dtype
-from ..kernels.blocks import LogitBlocks, rows_per_block
+from ..kernels.blocks import LogitBlocks
+from ..kernels.sizes import rows_per_block
 from ._labels import valid_mask
 
 
@@ -79,7 +80,7 @@ def soft_target_rows(
             keys, columns = centroids.where(valid[:, None], 0), columns.where(valid[:, None], 0)
         base = base_prototypes(labels, valid)[:, None]
         rows = columns.new_empty((labels.shape[0], columns.shape[1]))
-        step = rows_per_block(keys.shape[0], dtype, None)
+        step = rows_per_block(keys.shape[0], dtype, keys.device)
         blocks = LogitBlocks(keys, torch.full((), 1 / temperature, dtype=dtype, device=keys.device), min(step, labels.shape[0]))
         for start in range(0, labels.shape[0], step):
             block = slice(start, start + step)

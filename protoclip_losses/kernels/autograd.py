@@ -39,14 +39,15 @@ class Precomputed(torch.autograd.Function):
 
 class _KeepInGraph(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
-        return value.clone()
+    def forward(ctx: Any, num_values: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.like = [(x.shape, x.dtype, x.device) for x in tensors[num_values:]]
+        return tuple(value.clone() for value in tensors[:num_values])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-        return grad, *zeros
+        return None, *grads, *zeros
 
 
 class _Transformed(torch.autograd.Function):
@@ -122,18 +123,20 @@ def in_backward() -> bool:
 
 class _TransformedKeepInGraph(_Transformed):
     @staticmethod
-    def forward(value: Tensor, *inputs: Tensor) -> Tensor:
-        return value.clone()
+    def forward(num_values: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.clone() for value in tensors[:num_values])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs[1:]]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs[1 + len(output) :]]
+        ctx.num_values = len(output)
 
     backward = staticmethod(_KeepInGraph.backward)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent.clone()
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.clone() for x in tangents[: ctx.num_values])
 
 
 def run(name: str, kernel: Any, operator: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -173,12 +176,17 @@ def keep_in_graph(value: Tensor, *inputs: Any) -> Tensor:
     DDP with find_unused_parameters=False waits for a gradient of every parameter. Adding ``0 * x.sum()`` would give it one,
     and turn a NaN in x into a NaN in the loss.
     """
+    return keep_all_in_graph([value], *inputs)[0]
+
+
+def keep_all_in_graph(values: Sequence[Tensor], *inputs: Any) -> Sequence[Tensor]:
+    """:func:`keep_in_graph` of several values together: however many of them are differentiated, an input gets one zero."""
     wanted: list[Tensor] = []
     for x in inputs:
         if isinstance(x, Tensor) and x.requires_grad and not any(x is other for other in wanted):
             wanted.append(x)
     if not wanted or not torch.is_grad_enabled():
-        return value
+        return values
     function = _TransformedKeepInGraph if is_transformed() else _KeepInGraph
-    kept: Tensor = function.apply(value, *wanted)  # type: ignore[no-untyped-call]
+    kept: Sequence[Tensor] = function.apply(len(values), *values, *wanted)  # type: ignore[no-untyped-call]
     return kept

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dtypes import sum_dtype
-from . import blocks
 from .autograd import recomputed_blocks, run
-from .blocks import LogitBlocks, label_is_first, product_dtype, rows_per_block, softmax_nll
+from .blocks import BlockSums, LogitBlocks, label_is_first, product_dtype, put_at_labels, softmax_nll
+from .sizes import RECOMPUTED, BlockLimit, can_be_dense, rows_per_block
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -44,37 +43,39 @@ def label_nll(
     deltas of masked rows must be zero, and the gradient they get must not be used.
     """
     batch, width = features.shape
-    correct = scale.new_zeros(())
-    # Sums of many blocks: in float32 each block would cost a rounding.
-    total, grad_scale = (scale.new_zeros((), dtype=sum_dtype(scale.device)) for _ in range(2))
+    sums = BlockSums(scale)
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
+    invalid = None if valid is None else ~valid
     with torch.autocast(features.device.type, enabled=False):
         logit_blocks = LogitBlocks(prototypes, scale, min(chunk, batch), narrow=prototypes.dtype == torch.bfloat16)
         for start in range(0, batch, chunk):
             rows = slice(start, start + chunk)
             h, label = features[rows], labels[rows]
+            counted = None if row_mask is None else row_mask[rows]
             logits = logit_blocks(h)
-            if valid is not None:
-                logits.masked_fill_(~valid, -torch.inf)
-            if with_accuracy:
-                first = label_is_first(logits, label)
-                correct += (first if row_mask is None else first & row_mask[rows]).sum()
-            own_residual, nll = softmax_nll(logits, label, h, prototypes, scale)
-            total += (nll if row_mask is None else nll * row_mask[rows]).sum()
+            if invalid is not None:
+                logits.masked_fill_(invalid, -torch.inf)
+            own_residual, nll, is_first = softmax_nll(logits, label, h, prototypes, scale, with_accuracy)
+            sums.add("loss", nll if counted is None else nll.masked_fill(~counted, 0))  # infinite at a label that is not valid
+            if is_first is not None:
+                sums.add("correct", is_first if counted is None else is_first & counted)
             if target_delta is not None:
-                total -= torch.sum(target_delta[rows] * h) * scale
-            logits[torch.arange(len(label), device=label.device), label] = own_residual.to(logits.dtype)
+                sums.add("delta", target_delta[rows] * h)
+            put_at_labels(logits, label, own_residual)
             residual = logit_blocks.rounded(logits)  # p - onehot
             if with_gradient:
                 direction = torch.mm(residual, prototypes).to(scale.dtype)
                 if target_delta is not None:
                     direction -= target_delta[rows]
-                grad_scale += torch.sum(direction * h)
+                sums.add("scale", direction * h)
                 torch.mul(direction, scale, out=grad_features[rows])
             if with_prototype_gradient:
                 grad_prototypes += residual.T @ (h * scale).to(features.dtype)
-    return total.to(scale.dtype), correct, grad_features, grad_prototypes, grad_scale.to(scale.dtype)
+    total = sums.of("loss")
+    if target_delta is not None:
+        total = total - sums.of("delta") * scale
+    return total, sums.of("correct"), grad_features, grad_prototypes, sums.of("scale")
 
 
 label_nll_operator = torch.library.custom_op(
@@ -107,7 +108,7 @@ def label_nll_sum(
     scale: Tensor,
     target_delta: Tensor | None = None,
     valid: Tensor | None = None,
-    chunk_size: int | None = None,
+    limit: BlockLimit | None = None,
     with_accuracy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Sum over the rows in ``row_mask`` of the term's loss, differentiable, and how many of them put their base first.
@@ -117,7 +118,8 @@ def label_nll_sum(
     """
     h, prototypes, target_delta = _prepared(features, prototypes, row_mask, scale, target_delta, valid)
     rows, columns = h.shape[0], prototypes.shape[0]
-    is_small = chunk_size is None and rows * columns <= blocks.DENSE_LOGITS
+    limit = limit or BlockLimit()
+    is_small = can_be_dense(rows * columns, scale.dtype, h.device, limit)
     # Autograd would round in between in low precision, and cannot save what was made in inference mode.
     if is_small and h.dtype == scale.dtype and not made_in_inference_mode(prototypes, base):
         return _dense(h, prototypes, scale, base, row_mask, valid, target_delta, with_accuracy)
@@ -126,7 +128,7 @@ def label_nll_sum(
         target_delta, learned = None, target_delta
     grad = torch.is_grad_enabled()
     flags = grad and (h.requires_grad or scale.requires_grad), grad and prototypes.requires_grad, with_accuracy
-    chunk = rows_per_block(columns, h.dtype, chunk_size)
+    chunk = rows_per_block(columns, h.dtype, h.device, limit)
     inputs = h, prototypes, scale, base, row_mask, valid, target_delta, chunk
     total, correct = run("prototype_cross_entropy", label_nll, label_nll_operator, *inputs, *flags)
     if learned is not None:
@@ -142,7 +144,7 @@ def label_nll_rows(
     scale: Tensor,
     target_delta: Tensor | None = None,
     valid: Tensor | None = None,
-    chunk_size: int | None = None,
+    limit: BlockLimit | None = None,
 ) -> Tensor:
     """Each row's loss, (B,), 0 where masked, by a dense expression for each block of rows that backward runs again."""
     h, prototypes, target_delta = _prepared(features, prototypes, row_mask, scale, target_delta, valid)
@@ -157,7 +159,8 @@ def label_nll_rows(
                 nll = nll - scale * (h[block] * target_delta[block]).sum(1)
         return nll if row_mask is None else nll.where(row_mask[block], 0)
 
-    return recomputed_blocks(rows, h.shape[0], rows_per_block(prototypes.shape[0], h.dtype, chunk_size))
+    chunk = rows_per_block(prototypes.shape[0], scale.dtype, h.device, limit, copies=RECOMPUTED)
+    return recomputed_blocks(rows, h.shape[0], chunk)
 
 
 def made_in_inference_mode(*inputs: Tensor) -> bool:
@@ -176,14 +179,13 @@ def _prepared(
     """Features, prototypes and deltas in the dtypes of the kernel, zero where masked or not valid."""
     dtype = product_dtype(features)
     h, prototypes = features.to(dtype), prototypes.to(dtype)
+    target_delta = None if target_delta is None else target_delta.to(scale.dtype)
     if valid is not None:
-        prototypes = prototypes.where(valid[:, None], 0)
+        prototypes = prototypes.masked_fill(~valid[:, None], 0)
     if row_mask is not None:
-        h = h.where(row_mask[:, None], 0)
-    if target_delta is not None:
-        target_delta = target_delta.to(scale.dtype)
-        if row_mask is not None:
-            target_delta = target_delta.where(row_mask[:, None], 0)
+        left_out = ~row_mask[:, None]
+        h = h.masked_fill(left_out, 0)
+        target_delta = None if target_delta is None else target_delta.masked_fill(left_out, 0)
     return h, prototypes, target_delta
 
 

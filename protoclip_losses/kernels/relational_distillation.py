@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .._dtypes import sum_dtype
 from .autograd import keep_in_graph, recomputed_blocks, run
-from .blocks import LogitBlocks, product_dtype, rows_per_block
+from .blocks import LogitBlocks, product_dtype
+from .sizes import BlockLimit, rows_per_block
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-BUFFERS = 3  # blocks that are held at once
+BUFFERS, COPIES = 3, 2  # blocks of logits that are in use at once, and how often as much is held with masks and roundings
 
 
 def relation_kl(
@@ -100,7 +101,7 @@ def relation_kl_sum(
     known: Tensor,
     own: slice,
     temperature: float,
-    chunk_size: int | None,
+    limit: BlockLimit,
 ) -> Tensor:
     """Sum over the known rows in ``own`` of the divergence from all rows, differentiable; 0 if fewer than two are known."""
     if features.shape[0] < 2:
@@ -109,7 +110,7 @@ def relation_kl_sum(
     # Where nothing is known, logits would be NaN: all rows take part then, and count nothing.
     enough = known.sum() > 1
     wanted = torch.is_grad_enabled() and (features.requires_grad or scale.requires_grad)
-    chunk = rows_per_block(BUFFERS * features.shape[0], features.dtype, chunk_size)
+    chunk = rows_per_block(BUFFERS * features.shape[0], features.dtype, features.device, limit, COPIES)
     rows = own.stop - own.start
     inputs = features, teacher, scale, known | ~enough, own.start, rows, temperature, chunk, wanted
     total, _ = run("relational_distillation", relation_kl, relation_kl_operator, *inputs)
@@ -117,7 +118,7 @@ def relation_kl_sum(
 
 
 def relation_kl_rows(
-    features: Tensor, teacher: Tensor, scale: Tensor, known: Tensor, temperature: float, chunk_size: int | None
+    features: Tensor, teacher: Tensor, scale: Tensor, known: Tensor, temperature: float, limit: BlockLimit
 ) -> Tensor:
     """Each row's divergence, (B,), 0 for rows that are not known, by blocks of a dense expression that backward runs again."""
     if features.shape[0] < 2:
@@ -133,5 +134,5 @@ def relation_kl_rows(
         kl = (log_p.exp() * (log_p - log_q).masked_fill(left_out, 0)).sum(1)
         return kl.where(known[block], 0)
 
-    chunk = rows_per_block(BUFFERS * features.shape[0], features.dtype, chunk_size)
+    chunk = rows_per_block(BUFFERS * features.shape[0], features.dtype, features.device, limit, COPIES)
     return recomputed_blocks(rows, features.shape[0], chunk)

@@ -15,6 +15,13 @@ def repeated(ids: Tensor, own: slice, rows: slice) -> Tensor:
     return same
 
 
+def numbered(ids: Tensor) -> Tensor:
+    """Numbers from 0 on (N,), equal for equal ids (N,). How many there are is not asked: an accelerator would be waited for."""
+    ordered, order = ids.sort()
+    is_next = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0))
+    return torch.empty_like(ids).scatter_(0, order, is_next.cumsum(0))
+
+
 def shared_positives(image: Tensor, text: Tensor, ids: Tensor, ranks: RankRows) -> Tensor:
     r"""What own pairs (b,) lose, over the scale, if all pairs of an id are positives of equal mass, instead of the own one alone.
 
@@ -25,11 +32,13 @@ def shared_positives(image: Tensor, text: Tensor, ids: Tensor, ranks: RankRows) 
     """
     dtype = accumulation_dtype(image.dtype)
     with torch.autocast(image.device.type, enabled=False):
-        _, group, sizes = torch.unique(ranks.gather(ids), return_inverse=True, return_counts=True)
+        group = numbered(ranks.gather(ids))
         own = torch.cat([image, text], 1).to(dtype)
         everything = ranks.gather_with_gradient(own) if not ranks.is_single else own
-        sums = own.new_zeros((len(sizes), own.shape[1])).index_add(0, group, everything)
-        image_mean, text_mean = (sums / sizes[:, None].to(dtype))[group[ranks.own]].chunk(2, 1)
+        sums = own.new_zeros((len(group), own.shape[1])).index_add(0, group, everything)
+        sizes = own.new_zeros(len(group)).index_add(0, group, torch.ones_like(group, dtype=dtype))
+        of_own = group[ranks.own]
+        image_mean, text_mean = (sums[of_own] / sizes[of_own, None]).chunk(2, 1)
         image, text = own.chunk(2, 1)
         lost: Tensor = (image * (text - text_mean)).sum(1) + (text * (image - image_mean)).sum(1)
         return lost / 2

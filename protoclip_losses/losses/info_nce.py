@@ -10,6 +10,7 @@ from ..distributed import Group, RankRows, active_group, check_process_group, va
 from ..functional.info_nce import check_ids, check_pairs, check_repeats
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
+from ..kernels.sizes import BlockLimit
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths
 from .module import LossModule
 
@@ -41,6 +42,7 @@ class InfoNCE(LossModule):
             the encoders, after DDP's averaging, is 1/W of the true one; that of the scale is exact. For a run that has to
             follow one of open_clip with the same weight decay and clipping.
         chunk_size: rows worked on at a time; any value gives the same answer.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only.
 
     Attributes:
@@ -64,18 +66,20 @@ class InfoNCE(LossModule):
         process_group: Group | bool | None = None,
         gather_with_grad: bool = True,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
         super().__init__()
-        check.chunk_rows(chunk_size)
+        BlockLimit(chunk_size, memory_budget)
         check_repeats(repeats)
         self.repeats = repeats
         self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
-        self.chunk_size, self.check_values = chunk_size, check_values
+        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
         self.metrics: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
-        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, chunk_size={self.chunk_size}"
+        blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
+        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, {blocks}"
 
     def forward(
         self,
@@ -123,7 +127,7 @@ class InfoNCE(LossModule):
             self.was_called = True
             warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features)
-        settings = self.chunk_size, self.gather_with_grad, ids, self.repeats
+        settings = BlockLimit(self.chunk_size, self.memory_budget), self.gather_with_grad, ids, self.repeats
         loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, *settings)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -156,7 +160,7 @@ def info_nce_share(
     text: Tensor,
     scale: Tensor,
     ranks: RankRows,
-    chunk_size: int | None,
+    limit: BlockLimit,
     gather_with_grad: bool = True,
     ids: Tensor | None = None,
     repeats: str | None = None,
@@ -164,6 +168,6 @@ def info_nce_share(
     """This rank's share of InfoNCE over all ranks' rows, and its metrics. Inputs have been checked."""
     if not gather_with_grad:
         image, text = (x.detach().lerp(x, 1 / ranks.world_size) for x in (image, text))  # equal values, 1/W of the gradient
-    total, correct = pair_nll_sum(image, text, scale, chunk_size, with_accuracy=True, ids=ids, repeats=repeats, ranks=ranks)
+    total, correct = pair_nll_sum(image, text, scale, limit, with_accuracy=True, ids=ids, repeats=repeats, ranks=ranks)
     share = total * (ranks.world_size / ranks.total)
     return share, {"contrastive_accuracy": correct / image.shape[0]}

@@ -74,6 +74,7 @@ class UseOfPrototypes:
         self.num_samples, self.num_prototypes = num_samples, num_prototypes
         self.rows = self.own_rows = 0
         self.sums: Tensor | None = None  # (2, terms): samples with a label, and those whose prototype is first
+        self.names: Sequence[str] = ()
         self.is_known = False
 
     def see(self, names: Sequence[str], counts: Tensor, correct: Sequence[Tensor], own_rows: int, rows: int) -> None:
@@ -93,12 +94,20 @@ class UseOfPrototypes:
         batch = torch.stack([counts.float(), torch.stack([x.detach().float() for x in correct])])
         self.sums = batch if self.sums is None else self.sums.to(batch.device) + batch
         if self.own_rows >= PER_PROTOTYPE * self.num_prototypes:
-            self.is_known = True
-            for name, (seen, hits) in zip(names, self.sums.T.tolist(), strict=True):
-                by_chance = seen / self.num_prototypes
-                if by_chance >= PER_PROTOTYPE / 2 and hits <= by_chance + 2 * math.sqrt(by_chance):
-                    check.warn(
-                        f"{name} is at chance: are image and text swapped, or is index that of another data set? Features that "
-                        "have collapsed look the same, and so does a training that has only begun",
-                        once=True,
-                    )
+            self.is_known, self.names = True, names
+            if may_read_values(self.sums):
+                self.tell()
+
+    def tell(self) -> None:
+        """Warn of accuracies at chance, if there have been samples enough. A step on an accelerator would wait to know them."""
+        if not self.is_known or self.sums is None:
+            return
+        sums, self.sums = self.sums, None
+        for name, (seen, hits) in zip(self.names, sums.T.tolist(), strict=True):
+            by_chance = seen / self.num_prototypes
+            if by_chance >= PER_PROTOTYPE / 2 and hits <= by_chance + 2 * math.sqrt(by_chance):
+                check.warn(
+                    f"{name} is at chance: are image and text swapped, or is index that of another data set? Features that have "
+                    "collapsed look the same, and so does a training that has only begun",
+                    once=True,
+                )

@@ -9,14 +9,14 @@ from .. import _checks as check
 from .._dtypes import is_transformed
 from ..distributed import Group, active_group, validate_rows
 from ..functional.info_nce import check_ids, check_pairs
-from ..kernels.autograd import keep_in_graph
+from ..kernels.autograd import keep_all_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, info_nce_share, num_rows, own_gradients
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
 from .module import untraced_if
 from .prototype_module import PrototypeModule
 from .relational_distillation import check_distillation, distillation_share
-from .settings import ObjectiveSettings
+from .settings import ObjectiveSettings, block_limit
 
 
 class ProtoLoss(PrototypeModule):
@@ -55,6 +55,7 @@ class ProtoLoss(PrototypeModule):
         process_group: None for the default group, ``False`` to stay local, or a group.
         gather_with_grad: of InfoNCE, see :class:`InfoNCE`; prototype terms are exact in either case.
         chunk_size: rows worked on at a time; any value gives the same answer.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only; ``True`` forces it.
 
     Attributes:
@@ -93,6 +94,7 @@ class ProtoLoss(PrototypeModule):
         process_group: Group | bool | None = None,
         gather_with_grad: bool = True,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
         settings = ObjectiveSettings(
@@ -108,6 +110,7 @@ class ProtoLoss(PrototypeModule):
             distill_temperature,
             repeats,
             chunk_size,
+            memory_budget,
             check_values,
         )
         super().__init__(settings, process_group)
@@ -199,18 +202,18 @@ class ProtoLoss(PrototypeModule):
             warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
             warn_of_one_projection(image_features_projected, text_features_projected)
-        zero = scale.detach().new_zeros(())
-        parts = {"contrastive_loss": zero, "proto_loss": zero, "proto_external_loss": zero}
+        # A zero each: torch.compile traces no function of one tensor given twice.
+        parts = {name: scale.detach().new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
         metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
-            own_settings = self.settings.chunk_size, self.settings.gather_with_grad, ids, self.settings.repeats
+            own_settings = block_limit(self.settings), self.settings.gather_with_grad, ids, self.settings.repeats
             share, metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
             parts["contrastive_loss"] = self.settings.w_clip * share
         if self.settings.w_distill:
             parts["distillation_loss"] = self.settings.w_distill * distillation_share(batch, proto_scale, self.settings, ranks)
         terms.add_to(parts, metrics, batch, scales, labels, ranks)
         given = image_features, text_features, logit_scale, logit_bias, proto_scale, teacher_features, *batch.by_name.values()
-        parts = {name: keep_in_graph(value, *given) for name, value in parts.items()}
+        parts = dict(zip(parts, keep_all_in_graph(list(parts.values()), *given), strict=True))
         self._end(first, batch, labels, ranks, metrics, parts.values())
         if output_dict:
             return parts

@@ -10,6 +10,7 @@ from .._dtypes import is_transformed
 from ..functional.prototype_cross_entropy import check_finite_loss, check_term, mean_over_rows
 from ..functional.soft_targets import base_prototypes, soft_target_rows
 from ..kernels.prototype_cross_entropy import label_nll_sum, made_in_inference_mode
+from ..kernels.sizes import BlockLimit
 from .soft_target_cache import SoftTargetCache, every_target
 
 
@@ -25,13 +26,15 @@ class PrototypeLoss(nn.Module):
     (:func:`protoclip_losses.functional.prototype_cross_entropy`).
     **Related:** :func:`protoclip_losses.functional.soft_targets`, :class:`PrototypicalBackTranslation`.
 
-    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is computed when a
-    label first needs it, and cached while both centroid tensors stay the same objects at the same version; writing to either in
-    place, or passing another, clears the cache.
+    The targets enter through :math:`M = Y P` (K, D), so that soft targets cost what hard ones do. A row of M is computed
+    when a label first needs it (on an accelerator all rows at once, as it would be waited for to know which), and cached
+    while both centroid tensors stay the same objects at the same version; writing to either in place, or passing another,
+    clears the cache.
 
     Args:
         target_temperature: :math:`\tau_y`; None, 0 or -1 means hard targets (one-hot of the label).
         chunk_size: rows worked on at a time; any value gives the same answer.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only.
 
     Example:
@@ -46,16 +49,21 @@ class PrototypeLoss(nn.Module):
     """
 
     def __init__(
-        self, target_temperature: float | None = 0.01, *, chunk_size: int | None = None, check_values: bool | None = None
+        self,
+        target_temperature: float | None = 0.01,
+        *,
+        chunk_size: int | None = None,
+        memory_budget: int | None = None,
+        check_values: bool | None = None,
     ) -> None:
         super().__init__()
         self.target_temperature = check.optional_temperature("target_temperature", target_temperature)
-        check.chunk_rows(chunk_size)
-        self.chunk_size, self.check_values = chunk_size, check_values
+        BlockLimit(chunk_size, memory_budget)
+        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
         self._cache: SoftTargetCache | None = None
 
     def extra_repr(self) -> str:
-        return f"target_temperature={self.target_temperature}, chunk_size={self.chunk_size}"
+        return f"target_temperature={self.target_temperature}, chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
 
     def forward(
         self,
@@ -100,7 +108,8 @@ class PrototypeLoss(nn.Module):
             )
         delta = None if hard else self.target_delta(student_centroids, teacher_centroids, safe, valid)
         base = base_prototypes(safe, valid)
-        total, _ = label_nll_sum(student_features, student_centroids, base, row_mask, scale, delta, valid, self.chunk_size)
+        limit = BlockLimit(self.chunk_size, self.memory_budget)
+        total, _ = label_nll_sum(student_features, student_centroids, base, row_mask, scale, delta, valid, limit)
         inputs = {
             "student_features": student_features,
             "student_centroids": student_centroids,

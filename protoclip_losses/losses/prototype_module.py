@@ -68,6 +68,7 @@ class PrototypeModule(LossModule):
         """
         if prototypes is not None and not isinstance(prototypes, PrototypeSource):
             raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
+        self._terms.use.tell()
         with constants():
             terms = WeightedTerms(prototypes, self.settings)
             terms.fill()
@@ -108,6 +109,7 @@ class PrototypeModule(LossModule):
 
     def get_extra_state(self) -> StateTensor:
         """The prototypes as one tensor: what ``state_dict()`` saves. In online mode with the queue of this rank."""
+        self._terms.use.tell()
         source = self._prototypes
         # After the last step of an online cycle the terms here are still those of the prototypes before.
         is_current = source is not None and source.version == self._terms.version

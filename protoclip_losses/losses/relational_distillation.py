@@ -9,10 +9,11 @@ from .. import _checks as check
 from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
 from ..functional.relational_distillation import check_relations, unit_rows
 from ..kernels.relational_distillation import relation_kl_sum
+from ..kernels.sizes import BlockLimit
 from ..prototypes.source import BatchFeatures
 from .info_nce import collective_signature, num_rows, own_gradients
 from .module import LossModule
-from .settings import ObjectiveSettings
+from .settings import ObjectiveSettings, block_limit
 
 
 class RelationalDistillation(LossModule):
@@ -34,6 +35,7 @@ class RelationalDistillation(LossModule):
         temperature: :math:`\tau` of the teacher.
         process_group: None for the default group, ``False`` to stay local, or a group.
         chunk_size: rows worked on at a time; any value gives the same answer.
+        memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only.
 
     Example:
@@ -53,16 +55,17 @@ class RelationalDistillation(LossModule):
         *,
         process_group: Group | bool | None = None,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
         super().__init__()
-        check.chunk_rows(chunk_size)
+        BlockLimit(chunk_size, memory_budget)
         self.temperature = check.temperature("temperature", temperature)
         self.process_group = check_process_group(process_group)
-        self.chunk_size, self.check_values = chunk_size, check_values
+        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, chunk_size={self.chunk_size}"
+        return f"temperature={self.temperature}, chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
 
     def forward(self, features: Tensor, teacher_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         """Return the loss, a () tensor.
@@ -83,18 +86,20 @@ class RelationalDistillation(LossModule):
             },
             like=features,
         )
-        return relation_share(features, teacher_features, scale, self.temperature, ranks, self.chunk_size)
+        return relation_share(
+            features, teacher_features, scale, self.temperature, ranks, BlockLimit(self.chunk_size, self.memory_budget)
+        )
 
 
 def relation_share(
-    features: Tensor, teacher: Tensor, scale: Tensor, temperature: float, ranks: RankRows, chunk_size: int | None
+    features: Tensor, teacher: Tensor, scale: Tensor, temperature: float, ranks: RankRows, limit: BlockLimit
 ) -> Tensor:
     """This rank's share of relational distillation over all ranks' rows. Inputs have been checked."""
     teacher, known = unit_rows(teacher.to(scale.dtype))
     if ranks.is_single:
-        total = relation_kl_sum(features, teacher, scale, known, slice(0, len(features)), temperature, chunk_size)
+        total = relation_kl_sum(features, teacher, scale, known, slice(0, len(features)), temperature, limit)
         return total / known.sum().clamp(min=1)
-    return cast(Tensor, _share_over_ranks(features, teacher, scale, known, temperature, ranks, chunk_size))
+    return cast(Tensor, _share_over_ranks(features, teacher, scale, known, temperature, ranks, limit))
 
 
 def check_distillation(batch: BatchFeatures, logit_scale: Tensor | float, settings: ObjectiveSettings) -> None:
@@ -113,7 +118,7 @@ def distillation_share(batch: BatchFeatures, logit_scale: Tensor | float, settin
     for teacher in batch.teachers.values():
         for h in batch.students.values():
             scale = check.scale("logit_scale_proto", logit_scale, h, False)
-            shares.append(relation_share(h, teacher, scale, settings.distill_temperature, ranks, settings.chunk_size))
+            shares.append(relation_share(h, teacher, scale, settings.distill_temperature, ranks, block_limit(settings)))
     return torch.stack(shares).mean()
 
 
@@ -125,8 +130,8 @@ def _share_over_ranks(
     known: Tensor,
     temperature: float,
     ranks: RankRows,
-    chunk_size: int | None,
+    limit: BlockLimit,
 ) -> Tensor:
     gathered, teachers, knowns = ranks.gather_with_gradient(features), ranks.gather(teacher), ranks.gather(known)
-    total = relation_kl_sum(gathered, teachers, scale, knowns, ranks.own, temperature, chunk_size)
+    total = relation_kl_sum(gathered, teachers, scale, knowns, ranks.own, temperature, limit)
     return total * ranks.world_size / knowns.sum().clamp(min=1)

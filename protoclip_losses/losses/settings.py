@@ -6,6 +6,7 @@ from functools import cached_property
 
 from .. import _checks as check
 from ..functional.info_nce import check_repeats
+from ..kernels.sizes import BlockLimit
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ObjectiveSettings:
     distill_temperature: float
     repeats: str | None
     chunk_size: int | None
+    memory_budget: int | None
     check_values: bool | None
 
     def __post_init__(self) -> None:
@@ -34,7 +36,7 @@ class ObjectiveSettings:
         )
         for name, weight in weights.items():
             check.weight(name, weight)
-        check.chunk_rows(self.chunk_size)
+        BlockLimit(self.chunk_size, self.memory_budget)
         check.temperature("distill_temperature", self.distill_temperature)
         check_repeats(self.repeats)
         for name in ("target_temperature", "external_target_temperature"):
@@ -43,7 +45,7 @@ class ObjectiveSettings:
     @cached_property
     def signature(self) -> str:
         """The settings that must be equal on all ranks; blocks and checks may differ."""
-        return replace(self, chunk_size=None, check_values=None).as_arguments()
+        return replace(self, chunk_size=None, memory_budget=None, check_values=None).as_arguments()
 
     def as_arguments(self) -> str:
         """The settings as they are written in a constructor call."""
@@ -63,3 +65,8 @@ class ObjectiveSettings:
         """Raise ValueError if a weight is given for a teacher that is not among these."""
         if isinstance(self.w_external, Mapping) and (unknown := self.w_external.keys() - external):
             raise ValueError(f"w_external must name external teachers, which are {sorted(external)}, got {sorted(unknown)}")
+
+
+def block_limit(settings: ObjectiveSettings) -> BlockLimit:
+    """How large blocks of logits may be."""
+    return BlockLimit(settings.chunk_size, settings.memory_budget)

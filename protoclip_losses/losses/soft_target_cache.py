@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype, is_transformed
+from .._dtypes import accumulation_dtype, is_transformed, may_read_values
 from ..functional.soft_targets import soft_target_rows
 from ..kernels.autograd import constants
 
@@ -50,8 +50,13 @@ class SoftTargetCache:
         return self.values
 
     def _compute(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None) -> None:
-        """Compute the rows of these labels that are missing."""
+        """Compute the rows of these labels that are missing; all rows where to know these would be to wait for the device."""
         with constants():
+            if not may_read_values(labels):
+                self.is_filled_at_once, self.num_missing = True, 0
+                self.values.copy_(every_target(student, teacher, self.temperature, valid))
+                self.missing.zero_()
+                return
             wanted = torch.unique(labels[self.missing[labels]])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False

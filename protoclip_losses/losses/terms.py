@@ -14,7 +14,7 @@ from ..functional._labels import heaviest, mixed, mixture_weights
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
 from .misuse import UseOfPrototypes
-from .settings import ObjectiveSettings
+from .settings import ObjectiveSettings, block_limit
 from .soft_target_cache import SoftTargetCache
 
 
@@ -165,9 +165,9 @@ class WeightedTerms:
         row_masks = [mask if mask.dim() == 1 else mask.any(1) for mask in masks]
         own_counts = torch.stack([mask.sum() for mask in row_masks])
         counts = ranks.sum(own_counts).clamp(min=1)
-        hits = []
+        hits, own_at_least_one = [], own_counts.clamp(min=1)
         for i, term in enumerate(self.terms):
-            safe = usable[i].where(masks[i], 0)
+            safe = usable[i] * masks[i]
             h, scale = batch.students[term.student], scales[term.student]
             delta: Tensor | None
             if safe.dim() == 2:
@@ -182,11 +182,11 @@ class WeightedTerms:
                 scale,
                 delta,
                 term.valid,
-                self.settings.chunk_size,
+                block_limit(self.settings),
                 with_accuracy=True,
             )
             parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
-            metrics[term.accuracy_name] = correct / own_counts[i].clamp(min=1)
+            metrics[term.accuracy_name] = correct / own_at_least_one[i]
             hits.append(correct)
         self.use.see([term.accuracy_name for term in self.terms], own_counts, hits, len(safe), ranks.total)
 

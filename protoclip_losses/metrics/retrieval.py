@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.blocks import rows_per_block
+from ..kernels.sizes import rows_per_block
 from ._features import class_numbers, neighbour_counts, unit_rows
 
 
@@ -99,7 +99,7 @@ def best_ranks(queries: Tensor, query_classes: Tensor, gallery: Tensor, gallery_
     dtype = torch.promote_types(queries.dtype, gallery.dtype)
     queries, gallery, originals = queries.to(dtype), gallery.to(dtype), _first_copies(gallery)
     ranks = []
-    step = rows_per_block(2 * len(gallery), dtype, None)  # similarities, and those of positives alone
+    step = rows_per_block(2 * len(gallery), dtype, gallery.device)  # similarities, and those of positives alone
     with torch.autocast(queries.device.type, enabled=False):
         for query, query_class in zip(torch.split(queries, step), torch.split(query_classes, step), strict=True):
             similarity = query @ gallery.T

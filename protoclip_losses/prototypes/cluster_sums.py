@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import sum_dtype
-from ..clustering.points import finite_rows, segment_means_and_counts, segment_sums_and_counts
+from ..clustering.points import finite_rows, segment_means_and_counts
 from ..distributed import Group, sum_over_ranks
 from .source import Pair
 
@@ -14,27 +14,40 @@ from .source import Pair
 class ClusterSums:
     """Sums and counts of this rank's samples in each of K clusters, for a teacher's own features and for each student's.
 
-    Attributes:
-        sums: (K, D + 1) by (features, teacher), the number of samples in the last column.
+    A sample without a cluster is added to a row of its own: which samples these are is not asked in a step, as an accelerator
+    would be waited for.
     """
 
     def __init__(self, num_clusters: int, sums: Mapping[Pair, Tensor] = {}) -> None:
-        self.num_clusters, self.sums = num_clusters, {key: x.clone() for key, x in sums.items()}
+        self.num_clusters = num_clusters
+        self._tables = {key: torch.nn.functional.pad(x, (0, 0, 0, 1)) for key, x in sums.items()}
+
+    @property
+    def sums(self) -> dict[Pair, Tensor]:
+        """(K, D + 1) by (features, teacher), the number of samples in the last column."""
+        return {key: x[: self.num_clusters].clone() for key, x in self._tables.items()}
 
     def add(self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], students: Iterable[str]) -> None:
         """Add samples with their labels (B,) by teacher. A row that is not finite is in no cluster."""
+        students = list(students)
+        names = dict.fromkeys((*labels, *students))
+        is_bad = {name: ~finite_rows(features[name]) for name in names}
+        rows = {name: torch.nn.functional.pad(_wide(features[name]), (0, 1), value=1.0) for name in names}
         for teacher, own in labels.items():
+            clusters = own.masked_fill(own < 0, self.num_clusters)
             for name in (teacher, *(s for s in students if s != teacher)):
-                x = features[name]
-                self._add((name, teacher), own.where(finite_rows(x), -1), x)
+                self._add((name, teacher), clusters.masked_fill(is_bad[name], self.num_clusters), rows[name])
 
-    def _add(self, key: Pair, labels: Tensor, x: Tensor) -> None:
-        if key not in self.sums:
-            self.sums[key] = x.new_zeros((self.num_clusters, x.shape[1] + 1), dtype=sum_dtype(x.device))
-        self.sums[key] = self.sums[key].to(x.device)  # a loaded state may be on another device
-        present, inverse = torch.unique(labels[labels >= 0], return_inverse=True)
-        self.sums[key][present] += segment_sums_and_counts(inverse, x[labels >= 0], len(present))  # only clusters that occur
+    def _add(self, key: Pair, clusters: Tensor, rows: Tensor) -> None:
+        if key not in self._tables:
+            self._tables[key] = rows.new_zeros((self.num_clusters + 1, rows.shape[1]))
+        self._tables[key] = self._tables[key].to(rows.device)  # a loaded state may be on another device
+        self._tables[key].index_add_(0, clusters, rows)
 
     def means(self, group: Group | None) -> dict[Pair, tuple[Tensor, Tensor]]:
         """Means (K, D) and counts (K,) over the samples of all ranks."""
         return {key: segment_means_and_counts(sum_over_ranks(x, group)) for key, x in self.sums.items()}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(sum_dtype(x.device))

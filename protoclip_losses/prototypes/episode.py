@@ -78,7 +78,7 @@ class Prototypes(PrototypeSource, kind="episode"):
         for name in features.teachers:
             if name not in self.external_teachers:
                 raise ValueError(f"teacher_features must be of {sorted(self.external_teachers)}, got [{name!r}]")
-        positions = self.positions(index.to(features.device), check_values=check_values)
+        positions = self.positions(index.to(features.device, non_blocking=True), check_values=check_values)
         labels = {}
         for teacher, own in self.labels_by_teacher.items():
             if own.device != positions.device:
@@ -102,16 +102,17 @@ class Prototypes(PrototypeSource, kind="episode"):
         if self._ordered.device != index.device:
             self._ordered, self._order = self._ordered.to(index.device), self._order.to(index.device)
         position = torch.searchsorted(self._ordered, index).clamp(max=self._ordered.shape[0] - 1)
-        unknown = self._ordered[position] != index
+        known = self._ordered[position] == index
         if check.values_are_checked(index, check_values):
-            if bool(unknown.any()):
+            if not bool(known.all()):
+                unknown = ~known
                 first = int(index[unknown][0])
                 raise IndexError(
                     f"index must name samples of the episode that was clustered: {int(unknown.sum())} of {index.numel()} are not "
                     f"in it (sample {first}, for one)"
                 )
         else:
-            assert_on_device(~unknown)
+            assert_on_device(known)
         return self._order[position]
 
     def to(self, device: torch.device | str) -> "Prototypes":

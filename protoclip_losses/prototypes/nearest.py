@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..clustering.assign import assign
+from .._dtypes import may_read_values
+from ..clustering.assign import assign, nearest_without_waiting
 from ..clustering.points import finite_rows
 from .source import BatchFeatures, Clustering
 
@@ -29,4 +30,6 @@ def nearest_centroids(
 def nearest_centroid(features: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid of each row, -1 where the row is not finite."""
     finite = finite_rows(features)
-    return assign(features.detach().where(finite[:, None], 0), centroids)[0].where(finite, -1)
+    rows = features.detach().masked_fill(~finite[:, None], 0)
+    labels = assign(rows, centroids)[0] if may_read_values(rows) else nearest_without_waiting(rows, centroids)
+    return labels.masked_fill(~finite, -1)

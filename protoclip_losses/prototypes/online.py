@@ -136,8 +136,7 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         found = nearest_centroids(by_name, clusterings, given=labels)
         self.queue.push(by_name, found, ranks, self.step)
         if self.terms:
-            self.sums.add(by_name, found, students)
-            self._assign(self.queue.due(self.step, self.every), students, clusterings)
+            self._assign(self.queue.due(self.step, self.every), students, clusterings, by_name, found)
             if (self.step - self.warmup) % self.every == 0:
                 self._renew(clusterings, ranks.group)
         elif self.step >= self.warmup:
@@ -178,11 +177,21 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         if widths != known:
             raise ValueError(f"features must have the names and widths of the first step, {known}, got {widths}")
 
-    def _assign(self, mask: Tensor, students: Sequence[str], clusterings: Mapping[str, Clustering]) -> None:
-        """Assign the rows of the queue in ``mask``, and add them to the sums of the next prototypes."""
-        features = self.queue.rows(mask)
+    def _assign(
+        self,
+        rows: Tensor,
+        students: Sequence[str],
+        clusterings: Mapping[str, Clustering],
+        batch: Mapping[str, Tensor] = {},
+        found: Mapping[str, Tensor] = {},
+    ) -> None:
+        """Assign these rows (n,) of the queue, and add them, with a batch and its labels, to the sums of the next prototypes."""
+        features = self.queue.rows(rows)
         labels = nearest_centroids(features, clusterings)
-        self.queue.set_labels(mask, labels)
+        self.queue.set_labels(rows, labels)
+        if batch:
+            features = {name: torch.cat([batch[name].detach(), x]) for name, x in features.items()}
+            labels = {teacher: torch.cat([found[teacher], own]) for teacher, own in labels.items()}
         self.sums.add(features, labels, students)
 
     def _renew(self, clusterings: Mapping[str, Clustering], group: Group | None) -> None:
@@ -200,7 +209,7 @@ class OnlinePrototypes(PrototypeSource, kind="online"):
         parts = ("prototypes", "teacher_centroids", "valid")
         terms = {key: {part: getattr(term, part) for part in parts} for key, term in self.terms.items()}
         state = {"format": 1, "kind": self.kind, **numbers, **self.queue.state_dict()}
-        return {**state, "sums": dict(self.sums.sums), "terms": terms, "in_use": dict(self.in_use)}
+        return {**state, "sums": self.sums.sums, "terms": terms, "in_use": dict(self.in_use)}
 
     @constants()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

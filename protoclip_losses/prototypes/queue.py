@@ -41,38 +41,45 @@ class FeatureQueue:
         count = ranks.own.stop - ranks.own.start
         number = self.seen + torch.arange(ranks.own.start, ranks.own.stop, device="cpu")
         self.seen += ranks.total
-        row = (self.cursor + torch.arange(count, device="cpu")) % capacity
-        self.cursor = (self.cursor + count) % capacity
-        last = slice(max(0, count - capacity), count)
+        first, count = max(0, count - capacity), min(count, capacity)
+        start = (self.cursor + first) % capacity
+        self.cursor = (start + count) % capacity
+        # At most two pieces of the ring: rows that follow each other need no index on the device.
+        to_end = min(count, capacity - start)
+        pieces = [(slice(start, start + to_end), slice(first, first + to_end))]
+        pieces.append((slice(0, count - to_end), slice(first + to_end, first + count)))
         if not self.features:
             self.features = {k: x.new_zeros((capacity, x.shape[1]), dtype=torch.float32) for k, x in features.items()}
             self.sample_number, self.step_added = torch.full((2, capacity), -1, device="cpu").unbind()
         for name, x in features.items():
-            queue = self.features[name] = self.features[name].to(x.device)
-            queue[row[last].to(x.device)] = x[last].float()
-        self.sample_number[row[last]], self.step_added[row[last]] = number[last], step
-        self.set_labels(row[last], {teacher: own[last] for teacher, own in labels.items()})
+            self.features[name] = self.features[name].to(x.device)
+        for rows, batch in pieces:
+            for name, x in features.items():
+                self.features[name][rows] = x[batch]
+            self.sample_number[rows], self.step_added[rows] = number[batch], step
+            self.set_labels(rows, {teacher: own[batch] for teacher, own in labels.items()})
 
-    def set_labels(self, rows: Tensor, labels: Mapping[str, Tensor]) -> None:
-        """Remember the clusters (n,) by teacher of these rows, given by a mask (capacity,) or by their numbers (n,)."""
+    def set_labels(self, rows: Tensor | slice, labels: Mapping[str, Tensor]) -> None:
+        """Remember the clusters (n,) by teacher of these rows, given by a slice or by their numbers (n,) on the CPU."""
         for teacher, own in labels.items():
             device = self.features[teacher].device
             known = self.labels.get(teacher, torch.full(self.sample_number.shape, -1, device=device)).to(device)
-            known[rows.to(device)] = own.to(device)
+            known[rows if isinstance(rows, slice) else rows.to(device, non_blocking=True)] = own.to(device)
             self.labels[teacher] = known
 
-    def rows(self, mask: Tensor) -> dict[str, Tensor]:
-        """The features of the rows in ``mask`` (capacity,)."""
-        return {name: x[mask.to(x.device)] for name, x in self.features.items()}
+    def rows(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The features of the rows with these numbers (n,), which are on the CPU."""
+        on_device = {x.device: numbers.to(x.device, non_blocking=True) for x in self.features.values()}
+        return {name: x[on_device[x.device]] for name, x in self.features.items()}
 
     def written(self) -> Tensor:
-        """Which rows hold a sample."""
-        return self.sample_number >= 0
+        """Numbers (n,) of the rows that hold a sample."""
+        return (self.sample_number >= 0).nonzero()[:, 0]
 
     def due(self, step: int, every: int) -> Tensor:
-        """Which earlier rows are assigned in this step: each row once in ``every`` steps."""
+        """Numbers (n,) of the earlier rows that are assigned in this step: each row once in ``every`` steps."""
         age = step - self.step_added
-        return self.written() & (age > 0) & (age % every == 0)
+        return ((self.sample_number >= 0) & (age > 0) & (age % every == 0)).nonzero()[:, 0]
 
     def _resize(self, capacity: int) -> None:
         """Keep the most recent rows, oldest first: the state was saved on another number of processes."""

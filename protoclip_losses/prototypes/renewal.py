@@ -24,7 +24,7 @@ def first_clusterings(
         ValueError: fewer samples than prototypes.
     """
     written = queue.written()
-    count = int(sum_over_ranks(written.sum(), group))
+    count = int(sum_over_ranks(torch.tensor(len(written), device="cpu"), group))
     if count < num_prototypes:
         raise ValueError(
             f"warmup={warmup} steps must leave at least num_prototypes={num_prototypes} samples in the queue, got {count}"

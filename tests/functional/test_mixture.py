@@ -129,4 +129,4 @@ def test_an_episode_with_several_labels(temperature):
 )
 def test_bad_input(labels, settings, error, message):
     with pytest.raises(error, match=message):
-        prototype_cross_entropy(T.h, T.P, labels, 9.0, **settings)
+        prototype_cross_entropy(T.h, T.P, labels, 9.0, check_values=True, **settings)

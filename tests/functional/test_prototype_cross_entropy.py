@@ -3,10 +3,9 @@
 import dense
 import pytest
 import torch
-from cases import assert_near, assert_same, leaf, term, unit, value_and_gradients
+from cases import assert_near, assert_same, leaf, set_sizes, term, unit, value_and_gradients
 
 from protoclip_losses.functional import prototype_cross_entropy, soft_targets
-from protoclip_losses.kernels import blocks
 from protoclip_losses.kernels import prototype_cross_entropy as kernel
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -282,15 +281,15 @@ def test_small_logits_go_through_the_dense_expression_unless_rows_are_asked_for(
         return bool(seen)
 
     size = len(t.h) * len(t.P)
-    monkeypatch.setattr(blocks, "DENSE_LOGITS", size)
+    set_sizes(monkeypatch, dense_logits=size)
     assert not streamed()
     assert streamed(chunk_size=5)
-    monkeypatch.setattr(blocks, "DENSE_LOGITS", size - 1)
+    set_sizes(monkeypatch, dense_logits=size - 1)
     assert streamed()
 
 
 def test_small_logits_can_be_differentiated_twice(monkeypatch):
-    monkeypatch.setattr(blocks, "DENSE_LOGITS", 2**62)
+    set_sizes(monkeypatch, dense_logits=2**62)
     t = term()
     M = unit(7, 5, 9)
     assert torch.autograd.gradgradcheck(

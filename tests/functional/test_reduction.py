@@ -3,10 +3,9 @@
 import dense
 import pytest
 import torch
-from cases import assert_near, leaf, term, unit
+from cases import assert_near, leaf, set_sizes, term, unit
 
 from protoclip_losses.functional import info_nce, prototype_cross_entropy, soft_targets
-from protoclip_losses.kernels import blocks
 
 
 def pair_rows(z_image, z_text, s):
@@ -116,7 +115,7 @@ def test_rows_that_are_not_finite_are_named():
 @pytest.mark.parametrize("loss", ["info_nce", "prototype_cross_entropy"])
 def test_rows_keep_no_logits_for_backward(loss, monkeypatch):
     """What autograd saves is linear in the batch: no block of logits."""
-    monkeypatch.setattr(blocks, "DENSE_LOGITS", 0)
+    set_sizes(monkeypatch, dense_logits=0)
     t = term(batch=64, prototypes=64)
     h = leaf(t.h)
     saved = []

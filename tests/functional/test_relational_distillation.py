@@ -3,11 +3,10 @@
 import dense
 import pytest
 import torch
-from cases import assert_near, assert_same, leaf, unit, value_and_gradients
+from cases import assert_near, assert_same, leaf, set_sizes, unit, value_and_gradients
 
 from protoclip_losses import RelationalDistillation
 from protoclip_losses.functional import relational_distillation
-from protoclip_losses.kernels import blocks
 
 TAU = 0.2
 
@@ -140,7 +139,7 @@ def test_in_a_compiled_graph():
 
 def test_memory_stays_within_its_blocks(monkeypatch):
     """No tensor of B x B: counted by the largest that is made."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2**16)
+    set_sizes(monkeypatch, block_bytes=2**16)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -161,7 +160,7 @@ def test_memory_stays_within_its_blocks(monkeypatch):
 def test_the_module_is_the_function():
     h, s = inputs()
     assert torch.equal(RelationalDistillation(TAU)(h, teacher(), s), relational_distillation(h, teacher(), s, TAU))
-    assert repr(RelationalDistillation()) == "RelationalDistillation(temperature=0.1, chunk_size=None)"
+    assert repr(RelationalDistillation()) == "RelationalDistillation(temperature=0.1, chunk_size=None, memory_budget=None)"
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,11 @@
 import dense
 import pytest
 import torch
-from cases import assert_near, assert_same, leaf, unit
+from cases import assert_near, assert_same, leaf, set_sizes, unit
 
-from protoclip_losses import InfoNCE
+from protoclip_losses import InfoNCE, _dtypes
 from protoclip_losses.functional import caption_ids, info_nce
-from protoclip_losses.kernels import blocks
-from protoclip_losses.kernels import info_nce as kernel
+from protoclip_losses.kernels import info_nce_small_blocks
 
 IDS = torch.tensor([5, 7, 5, -3, 7, 5, 2**62, 0, -3, 1, 4])
 EVERY = {"some": IDS, "none": torch.arange(11), "all": torch.zeros(11, dtype=torch.int64)}
@@ -18,14 +17,17 @@ def batch(dtype=torch.float64, scale=9.0):
     return unit(11, 5, 0, dtype), unit(11, 5, 1, dtype), torch.tensor(scale, dtype=dtype)
 
 
-@pytest.mark.parametrize("reach", [60.0, -1e9], ids=["rescaled", "exact columns"])
+@pytest.mark.parametrize("reach", [60.0, -1e9, None], ids=["rescaled", "exact columns", "large blocks"])
 @pytest.mark.parametrize("budget", [2**40, 0], ids=["cached", "twice"])
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
 @pytest.mark.parametrize("ids", EVERY)
 @pytest.mark.parametrize("repeats", ["mask", "share"])
 def test_value_and_gradients(repeats, ids, chunk_size, budget, reach, monkeypatch):
-    monkeypatch.setattr(blocks, "LOGITS_BUDGET", budget)
-    monkeypatch.setattr(kernel, "REACH", reach)
+    set_sizes(monkeypatch, memory_budget=budget)
+    if reach is None:
+        monkeypatch.setattr(_dtypes, "READABLE", set())
+    else:
+        monkeypatch.setattr(info_nce_small_blocks, "REACH", reach)
     assert_same(
         lambda *x: info_nce(*x, ids=EVERY[ids], repeats=repeats, chunk_size=chunk_size),
         lambda *x: dense.info_nce_of_repeats(*x, EVERY[ids], repeats),

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from cases import episode, integers, unit
+from cases import episode, integers, set_sizes, unit
 
 from protoclip_losses import ProtoLoss, PrototypeLoss, PrototypicalBackTranslation
 from protoclip_losses.clustering.points import segment_sums_and_counts
 from protoclip_losses.functional import back_translate, prototype_cross_entropy
-from protoclip_losses.kernels import blocks
 
 H, P, A = unit(11, 5, 0), unit(7, 5, 1), integers(7, 11)
 SEVERAL = torch.stack([A, A.roll(1)], 1)
@@ -50,7 +49,7 @@ CALLS = {
 @pytest.mark.parametrize("size", [0, 2**62], ids=["streamed", "dense"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_value_that_selects_nothing(name, size, monkeypatch):
-    monkeypatch.setattr(blocks, "DENSE_LOGITS", size)
+    set_sizes(monkeypatch, dense_logits=size)
     with pytest.raises(RuntimeError):
         CALLS[name](check_values=False)
     with pytest.raises(ValueError, match=r"labels|label_weights"):

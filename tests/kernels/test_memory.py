@@ -3,27 +3,13 @@
 import pytest
 import torch
 from cases import integers, unit
-from torch.profiler import ProfilerActivity, profile
+from cost import cost
 
 from protoclip_losses import InfoNCE, PrototypeLoss
 from protoclip_losses.functional import back_translate, info_nce, prototype_cross_entropy, soft_targets
 
 MEGABYTE = 2**20
 SMALL = 1.05  # products with a vector come on top
-
-
-def cost(call):
-    """Peak of the bytes that torch allocates during ``call`` above those at its start, and multiply-adds of its products."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_flops=True) as p:
-        call()
-    clock = "start_ns" if hasattr(p.profiler.kineto_results.events()[0], "start_ns") else "start_us"
-    allocations = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert allocations
-    live = peak = 0
-    for event in sorted(allocations, key=lambda e: getattr(e, clock)()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, sum(e.flops for e in p.key_averages()) / 2
 
 
 def inputs(batch, prototypes, width, dtype=torch.float32):

@@ -209,17 +209,20 @@ def products(call):
     return sum(event.flops for event in p.key_averages()) // 2
 
 
-def test_a_call_builds_only_the_rows_it_needs_and_only_once():
+def test_a_call_builds_only_the_rows_it_needs_and_only_once(form):
+    """An accelerator would be waited for to know which rows these are: there all are built at once."""
     t = term(batch=6, prototypes=3000, width=4, teacher_width=50, seed=3)
     t.a = torch.tensor([5, 5, 2000, 17, 5, 17])
     loss = PrototypeLoss(0.3)
     call = lambda: loss(t.h, t.P, t.C, t.a, t.s)  # noqa: E731
-    build = 3000 * 3 * (50 + 4)  # three distinct labels against every teacher centroid, and on to the student's prototypes
+    rows = 3000 if form == "accelerator" else 3
+    build = 3000 * rows * (50 + 4)  # three distinct labels against every teacher centroid, and on to the student's prototypes
     first, again = products(call), products(call)
     assert again < build
     assert build <= first <= 2 * build
     t.a[0] = 99
-    assert again < products(call) < again + build
+    if form != "accelerator":
+        assert again < products(call) < again + build
     t.C.add_(0)
     assert products(call) >= build
     assert_near(call(), truth(t, 0.3))

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from cases import set_sizes
 from pair_files import emoji_with_groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip_losses import _dtypes, metrics
-from protoclip_losses.kernels import blocks
+from protoclip_losses.kernels.sizes import SIZES
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_modality_gap_is_the_distance_of_the_means(emoji):
 
 @pytest.mark.parametrize("block", [7, 1024])
 def test_retrieval_recall_against_a_loop(emoji, block, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block * 2 * 120 * 8)
+    set_sizes(monkeypatch, block_bytes=block * 2 * 120 * 8)
     image, text, groups = (x[:120] for x in emoji)
     for concepts in (None, groups, torch.arange(120) // 2):
         same = torch.arange(120) if concepts is None else concepts
@@ -241,7 +242,7 @@ def test_similarities_are_never_held_at_once(metric):
             metrics.zero_shot_accuracy(image, labels, classes)
         else:
             metrics.retrieval_recall(image, classes, labels, ks=(1,), text_concepts=torch.arange(5000))
-    assert largest <= blocks.BLOCK_BYTES // 2
+    assert largest <= SIZES["cpu"].block_bytes // 2
 
 
 def test_no_float64_where_the_device_has_none(emoji, monkeypatch):

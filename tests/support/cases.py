@@ -6,9 +6,15 @@ import dense
 import torch
 
 from protoclip_losses import Clustering, Prototypes, PrototypeTerm
+from protoclip_losses.kernels.sizes import SIZES
 
 # Relative to the norm of a float64 evaluation of the same inputs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def set_sizes(patch, **changes):
+    """Other sizes of blocks on the CPU, for as long as this patch lasts."""
+    patch.setitem(SIZES, "cpu", replace(SIZES["cpu"], **changes))
 
 
 def unit(rows, width, seed=0, dtype=torch.float64):
