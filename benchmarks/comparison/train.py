@@ -59,8 +59,10 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
         yield {"pass": 0, "samples": 0, **evaluation.quick(model), **evaluation.full(model)}
         return
     clock, step, schedule = Clock(), 0, Schedule(settings, len(pool))
-    with clock.stage("clustering"):
-        teachers = load_teachers(settings, captions, file, chosen)
+    teachers: dict[str, TeacherAdapter] = {}
+    if settings.w_external > 0 or settings.distill != "none":
+        with clock.stage("clustering"):
+            teachers = load_teachers(settings, captions, file, chosen)
     uses_heads = settings.method != "clip" or settings.distill != "none"
     ids = None if settings.repeats == "none" else caption_ids([captions[row] for row in chosen.tolist()])
 
@@ -198,8 +200,6 @@ def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: 
 
 def load_teachers(settings: Settings, captions: list[str], file: Path, chosen: Tensor) -> dict[str, TeacherAdapter]:
     """The teachers of an arm, with a row for each picture of the pool."""
-    if settings.w_external == 0 and settings.distill == "none":
-        return {}
     teachers = {}
     if settings.teacher in ("words", "both"):
         teachers["words"] = TeacherAdapter.from_captions([captions[row] for row in chosen.tolist()], settings.teacher_dim)
