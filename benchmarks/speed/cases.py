@@ -57,7 +57,7 @@ class PrototypeCase(Case):
         rows = rows_per_block(len(self.prototypes), self.dtype, self.prototypes.device)
         calls: dict[str, Call] = {"ours": self.ours, "compiled": self.compiled, "dense": self.dense}
         if self.kind == "mixture":
-            calls["one label"] = lambda: self.ours(self.labels[:, 0])
+            calls["floor one label"] = lambda: self.ours(self.labels[:, 0])
         if self.device == "cuda":
             calls |= self.triton_calls()
         return calls | {"floor": lambda: self.floor(rows), "floor64": lambda: self.floor(64)}
@@ -66,7 +66,7 @@ class PrototypeCase(Case):
         return self.dense(torch.float64)
 
     def bytes_of(self, call: str) -> int:
-        return 0 if call in ("ours", "compiled", "one label") else 16 * len(self.features) * len(self.prototypes)
+        return 0 if call in ("ours", "compiled", "floor one label") else 16 * len(self.features) * len(self.prototypes)
 
     def leaves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return (
