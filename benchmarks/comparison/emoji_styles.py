@@ -175,12 +175,21 @@ def _icons_by_codes(files: dict[str, Any], codes_named: dict[str, Codes], wanted
 
 def _rendered(icons: dict[str, Any], name: str) -> Tensor:
     icon = icons["icons"][name]
-    left, top, width, height = (icon.get(key, icons.get(key, size)) for key, size in _BOX.items())
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
-    return decode(bytes(import_module("resvg_py").svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE)), SIDE)
+    left, top, width, height = box_of(icons, icon)
+    return rendered(f"{left} {top} {width} {height}", icon["body"], SIDE)
 
 
-_BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the defaults of Iconify's format
+def box_of(collection: dict[str, Any], icon: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Left, top, width and height of an icon in Iconify's format: its own, else its collection's, else the format's."""
+    defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
+    left, top, width, height = (icon.get(key, collection.get(key, size)) for key, size in defaults.items())
+    return left, top, width, height
+
+
+def rendered(box: str, body: str, side: int) -> Tensor:
+    """The picture (3, side, side), uint8, of the SVG body within a view box."""
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{body}</svg>'
+    return decode(bytes(import_module("resvg_py").svg_to_bytes(svg_string=svg, width=side, height=side)), side)
 
 
 def main() -> None:

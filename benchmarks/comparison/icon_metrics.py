@@ -5,13 +5,13 @@ import statistics
 import torch
 from augment import Inputs
 from encoders import DualEncoder
-from evaluate import encode_texts, first_rows
+from evaluate import encode_texts
 from pairs import Pairs
 from torch import Tensor
 
-from protoclip_losses.metrics import grouping, modality_gap, retrieval_recall, zero_shot_accuracy, zero_shot_classifier
+from protoclip_losses.metrics import grouping, zero_shot_accuracy, zero_shot_classifier
 
-from .metrics import encode_images, linear_probes, ridge_probe
+from .metrics import alignment, encode_images, linear_probes, ridge_probe
 
 PARTS = ("validation", "test")
 ALIGNED = ("modality_gap", *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
@@ -51,13 +51,8 @@ class IconEvaluation:
         return result | self._classes(model, self.judged, [ridge_probes, chosen_probes, groups])
 
     def _aligned(self, model: DualEncoder, part: str) -> dict[str, float]:
-        pairs = self.parts[part]
-        once = first_rows(pairs.concepts)
-        text = encode_texts(model, self.inputs, [pairs.captions[int(row)] for row in once], torch.device("cpu"))
-        image = encode_images(model, self.inputs, pairs)
-        found = {"modality_gap": modality_gap(image, text)}
-        found |= retrieval_recall(image, text, pairs.concepts, text_concepts=pairs.concepts[once])
-        return {f"{part}/{metric}": value for metric, value in found.items()}
+        image = encode_images(model, self.inputs, self.parts[part])
+        return {f"{part}/{metric}": value for metric, value in alignment(model, self.inputs, image, self.parts[part]).items()}
 
     def _classes(self, model: DualEncoder, judged: tuple[str, ...], methods: list) -> dict[str, float]:  # type: ignore[type-arg]
         own = {"validation": "unseen_validation", "test": "unseen"}

@@ -17,17 +17,17 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pairs import Pairs, Strings, decode
+from pairs import Pairs, Strings
 from torch import Tensor
 from tqdm import tqdm
 
+from .emoji_styles import box_of, rendered
 from .icon_names import Namer, family
 
 SIDE = 32
@@ -61,9 +61,10 @@ DRAWINGS = 3  # of a name in a set, in different styles
 
 
 class Icon(NamedTuple):
-    """A picture to be drawn: SVG, caption, number of the name, and the set's own category of it or ""."""
+    """A picture to be drawn: view box and body of the SVG, caption, number of the name, and the set's category of it or ""."""
 
-    svg: str
+    box: str
+    body: str
     caption: str
     concept: int
     category: str
@@ -87,7 +88,8 @@ def icons_of(collection: dict[str, Any]) -> Iterator[Icon]:
         caption = ", ".join(dict.fromkeys(names))
         for style in sorted(styles, key=lambda style: (len(style), style))[:DRAWINGS]:
             icon = styles[style]
-            yield Icon(_svg(collection, collection["icons"][icon]), caption, family(name), categories.get(icon, ""))
+            box, body = _square(collection, collection["icons"][icon]), collection["icons"][icon]["body"]
+            yield Icon(box, body, caption, family(name), categories.get(icon, ""))
 
 
 def _category_of_each(collection: dict[str, Any]) -> dict[str, str]:
@@ -99,22 +101,17 @@ def _category_of_each(collection: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _svg(collection: dict[str, Any], icon: dict[str, Any]) -> str:
-    """The icon in the middle of a square."""
-    left, top, width, height = (float(icon.get(key, collection.get(key, size))) for key, size in _BOX.items())
+def _square(collection: dict[str, Any], icon: dict[str, Any]) -> str:
+    """The view box that has the icon in the middle of a square."""
+    left, top, width, height = box_of(collection, icon)
     side = max(width, height)
-    box = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
+    return f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
 
 
-_BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the defaults of Iconify's format
-
-
-def drawn(svg: str) -> NDArray[np.uint8] | None:
+def drawn(box: str, body: str) -> NDArray[np.uint8] | None:
     """The picture (3, SIDE, SIDE), on white, or None where it cannot be drawn or nothing is on it."""
     try:
-        data = import_module("resvg_py").svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE)
-        picture: NDArray[np.uint8] = decode(bytes(data), SIDE).numpy()
+        picture: NDArray[np.uint8] = rendered(box, body, SIDE).numpy()
     except (OSError, ValueError):
         return None
     return picture if picture.min() < picture.max() else None
@@ -141,8 +138,8 @@ def draw(archive: Path, jobs: int) -> tuple[dict[str, Any], list[dict[str, Any]]
         names = {"set": prefix, "name": info["name"], "author": info["author"]["name"], "licence": info["license"]["spdx"]}
         about.append({**names, "url": info["author"].get("url", ""), "judged": prefix in UNSEEN})
     with ProcessPoolExecutor(jobs) as pool:
-        svgs = [icon.svg for icon in icons]
-        pictures = list(tqdm(pool.map(drawn, svgs, chunksize=500), total=len(svgs), desc="drawing", unit="icon"))
+        found = pool.map(drawn, [icon.box for icon in icons], [icon.body for icon in icons], chunksize=500)
+        pictures = list(tqdm(found, total=len(icons), desc="drawing", unit="icon"))
     is_unseen = torch.tensor([about[number]["judged"] for number in sets])
     kept = _without_copies(pictures, [icon.concept for icon in icons], is_unseen)
     print(f"{len(icons):,} icons, {sum(x is None for x in pictures):,} not drawn, {len(kept):,} left without copies")
@@ -212,7 +209,7 @@ def splits(pairs: Pairs) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path, help="the npm archive")
-    parser.add_argument("file", type=Path, help="NPZ file to write; a CSV file about the sets is written beside it")
+    parser.add_argument("file", type=Path, help="NPZ file to write, and next to it a CSV file with the licence of each set")
     parser.add_argument("--jobs", type=int, default=2, help="processes that draw")
     args = parser.parse_args()
     arrays, about = draw(args.archive, args.jobs)

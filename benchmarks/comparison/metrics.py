@@ -80,13 +80,18 @@ class Evaluation:
         }
 
     def _aligned(self, model: DualEncoder, classifiers: dict[str, Tensor], image: Tensor, part: Pairs) -> dict[str, float]:
-        once = first_rows(part.concepts)
-        text = encode_texts(model, self.inputs, [part.captions[int(row)] for row in once], torch.device("cpu"))
-        result = {"modality_gap": modality_gap(image, text)}
-        result |= retrieval_recall(image, text, part.concepts, text_concepts=part.concepts[once])
+        result = alignment(model, self.inputs, image, part)
         for kind, classifier in classifiers.items():
             result[f"zero_shot_{kind}"] = zero_shot_accuracy(image, part.labels[kind], classifier)["top1"]
         return result
+
+
+def alignment(model: DualEncoder, inputs: Inputs, image: Tensor, part: Pairs) -> dict[str, float]:
+    """Modality gap, and retrieval among one caption for each concept."""
+    once = first_rows(part.concepts)
+    text = encode_texts(model, inputs, [part.captions[int(row)] for row in once], torch.device("cpu"))
+    found = retrieval_recall(image, text, part.concepts, text_concepts=part.concepts[once])
+    return {"modality_gap": modality_gap(image, text), **found}
 
 
 @torch.no_grad()

@@ -47,12 +47,12 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
     train_pairs = pairs.subset(rows["train"])
     captions = list(train_pairs.captions) if settings.captions == "own" else shuffled_captions(train_pairs)
     chosen = pool_rows(train_pairs, settings)
-    pool = train_pairs.subset(chosen)
+    pool, pool_captions = train_pairs.subset(chosen), [captions[row] for row in chosen.tolist()]
     model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
     # bfloat16 makes the convolutions twice as fast but not the text encoder; the losses are in float32.
     model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
-    tokens = inputs.tokenize(captions)[chosen]
+    tokens = inputs.tokenize(pool_captions)
     evaluation = data.evaluation(pairs, rows, inputs, settings.judged_on)
     del pairs, train_pairs
     if settings.passes == 0:
@@ -65,9 +65,9 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
         teachers["minilm"] = TeacherAdapter.from_tensor(load_minilm(captions, file)[chosen])
     if wants_teacher and settings.teacher in ("words", "both"):
         with clock.stage("clustering"):
-            teachers["words"] = TeacherAdapter.from_captions([captions[row] for row in chosen.tolist()], settings.teacher_dim)
+            teachers["words"] = TeacherAdapter.from_captions(pool_captions, settings.teacher_dim)
     uses_heads = settings.method != "clip" or settings.distill != "none"
-    ids = None if settings.repeats == "none" else caption_ids([captions[row] for row in chosen.tolist()])
+    ids = None if settings.repeats == "none" else caption_ids(pool_captions)
 
     width = 2 * PROJECTION if settings.gap else PROJECTION
     steps_per_episode = -(-schedule.episode_size // settings.batch_size)
@@ -90,9 +90,10 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
     build = Clusters(settings, teachers, seed)
     sampler = EpisodeSampler(len(pool), schedule.episode_size, seed=seed, episodes=schedule.episodes)
     parameters = parameter_groups(model, settings.weight_decay)
-    own = [captions[row] for row in chosen.tolist()]
-    classes = WordClasses(own, 4096, model.clip.visual.project.out_features, seed) if settings.word_classes else None  # type: ignore[union-attr, arg-type]
-    if classes is not None:
+    classes: WordClasses | None = None
+    if settings.word_classes:
+        width_of_image = model.clip.visual.project.out_features  # type: ignore[union-attr]
+        classes = WordClasses(pool_captions, 4096, int(width_of_image), seed)  # type: ignore[arg-type]
         parameters.append({"params": [classes.prototypes], "weight_decay": settings.weight_decay})
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, fused=True)
     draw = torch.Generator().manual_seed(seed)

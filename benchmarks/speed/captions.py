@@ -4,8 +4,8 @@
     python -m benchmarks.speed.captions --clusters 20000
 
 A caption has 3 to 40 words, log-normal with a mean of about 10, drawn from 60,000 words by Zipf's law, as those of Conceptual
-Captions are. They are no real captions, so what is measured is the cost and not the quality. Peak memory is that of the
-whole process, with the captions themselves as Python strings, which is printed beside it.
+Captions are. They are no real captions, so the script measures cost and not quality. Peak memory is that of the whole process;
+its memory with the captions alone is printed first.
 """
 
 import argparse

@@ -14,8 +14,8 @@ from .source import Pair
 class ClusterSums:
     """Sums and counts of this rank's samples in each of K clusters, for a teacher's own features and for each student's.
 
-    A sample without a cluster is added to a row of its own: which samples these are is not asked in a step, as an accelerator
-    would be waited for.
+    Samples without a cluster are summed in an extra row, which is left out of the result. Selecting the others would make every
+    step on an accelerator wait for it.
     """
 
     def __init__(self, num_clusters: int, sums: Mapping[Pair, Tensor] = {}) -> None:

@@ -84,7 +84,7 @@ def test_icons_of_a_set():
     icons = list(icons_of(own))
     home = [icon for icon in icons if icon.concept == family("home")]
     assert [icon.caption for icon in home] == ["home, house"] * 3  # of four drawings, the plainest first
-    assert [next(c for c in ("red", "green", "blue", "black") if c in icon.svg) for icon in home] == ["red", "green", "black"]
+    assert [next(c for c in ("red", "green", "blue", "black") if c in icon.body) for icon in home] == ["red", "green", "black"]
     assert [icon.category for icon in home] == ["All", "", ""]
     assert {icon.category for icon in icons if icon.caption.startswith("star")} == {"Stars"}  # the smaller of the two
     assert not [icon for icon in icons if icon.caption in ("cat", "dog", "turned")]
@@ -92,7 +92,7 @@ def test_icons_of_a_set():
 
 def test_an_icon_lies_in_the_middle_of_a_square():
     (icon,) = icons_of(collection("one", {"flag": square("red")}, width=32, height=16))
-    assert 'viewBox="0 -8 32 32"' in icon.svg
+    assert icon.box == "0 -8 32 32"
 
 
 def test_what_is_left_out():
@@ -111,7 +111,7 @@ def test_what_is_left_out():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Two sets to train on and one to judge on; a name's picture has a shade of its own, a category a colour."""
+    """Two training sets and one test set: red or blue by category, with a shade for each name."""
     folder = tmp_path_factory.mktemp("icons")
 
     names = [f"thing-{spelled(i)}-{'ab'[i % 2]}x" for i in range(240)]

@@ -2,6 +2,8 @@
 
 import pytest
 
+from protoclip_losses import EpisodicClusterer, KMeans, TeacherAdapter
+
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory):
@@ -26,3 +28,35 @@ def tiny_model(tmp_path_factory):
     from open_clip_step import add_tiny_model
 
     add_tiny_model(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(scope="module")
+def pairs(request):
+    """As many pictures with captions as the module's ROWS says."""
+    from host_pairs import PicturePairs
+
+    return PicturePairs(request.module.ROWS)
+
+
+@pytest.fixture(scope="module")
+def words(pairs):
+    pytest.importorskip("sklearn")
+    return TeacherAdapter.from_captions(pairs.captions, dim=8)
+
+
+@pytest.fixture(scope="module")
+def clusters(words):
+    return EpisodicClusterer(4).fit_teacher(words)
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """Of the rows that K-means was run on."""
+    seen, fit = [], KMeans.fit
+
+    def counted(self, x, **more):
+        seen.append(x.shape[1])
+        return fit(self, x, **more)
+
+    monkeypatch.setattr(KMeans, "fit", counted)
+    return seen

@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 from host_lightning import Clip
-from host_pairs import PicturePairs
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_fit import fit
@@ -16,44 +15,14 @@ from protoclip_losses import (
     Clustering,
     EpisodeOrder,
     EpisodeSampler,
-    EpisodicClusterer,
     KMeans,
     OnlinePrototypes,
     ProtoLoss,
-    TeacherAdapter,
     WithIndex,
 )
 from protoclip_losses.integrations.lightning import ProtoCLIPCallback
 
 ROWS, BATCH = 40, 10
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return PicturePairs(ROWS)
-
-
-@pytest.fixture(scope="module")
-def words(pairs):
-    return TeacherAdapter.from_captions(pairs.captions, dim=8)
-
-
-@pytest.fixture(scope="module")
-def clusters(words):
-    return EpisodicClusterer(4).fit_teacher(words)
-
-
-@pytest.fixture
-def widths(monkeypatch):
-    """Of the rows that K-means was run on."""
-    seen, fit_rows = [], KMeans.fit
-
-    def counted(self, x, **more):
-        seen.append(x.shape[1])
-        return fit_rows(self, x, **more)
-
-    monkeypatch.setattr(KMeans, "fit", counted)
-    return seen
 
 
 def loader(pairs, size=ROWS):

@@ -9,39 +9,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 from hf_trainer import Recorded, trainer, weights
-from host_pairs import PicturePairs
 
-from protoclip_losses import Clustering, EpisodicClusterer, KMeans, OnlinePrototypes, ProtoLoss, TeacherAdapter
+from protoclip_losses import Clustering, KMeans, OnlinePrototypes, ProtoLoss
 
 ROWS = 44
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return PicturePairs(ROWS)
-
-
-@pytest.fixture(scope="module")
-def words(pairs):
-    return TeacherAdapter.from_captions(pairs.captions, dim=8)
-
-
-@pytest.fixture(scope="module")
-def clusters(words):
-    return EpisodicClusterer(4).fit_teacher(words)
-
-
-@pytest.fixture
-def widths(monkeypatch):
-    """Of the rows that K-means was run on."""
-    seen, fit = [], KMeans.fit
-
-    def counted(self, x, **more):
-        seen.append(x.shape[1])
-        return fit(self, x, **more)
-
-    monkeypatch.setattr(KMeans, "fit", counted)
-    return seen
 
 
 def external(loss):
