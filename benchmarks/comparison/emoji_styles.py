@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pairs import Pairs, Strings, code_points, concept_number, decode, emoji_pairs
+from pairs import Pairs, code_points, concept_number, decode, emoji_pairs
 from torch import Tensor
 from tqdm import tqdm
+
+from .pairs_file import read_pairs
 
 
 class Style(NamedTuple):
@@ -81,13 +83,7 @@ def family(codes: Codes) -> int:
 
 def load(path: Path) -> Pairs:
     """The pairs in the file that this script wrote; a missing file raises SystemExit with the commands that make it."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist. {__doc__}")
-    with np.load(path) as file:
-        names = {name: [str(x) for x in file[f"{name}_names"]] for name in ("group", "subgroup", "style")}
-        labels = {name: torch.from_numpy(file[name]) for name in (*names, "family")}
-        captions = Strings.of(str(x) for x in file["captions"])
-        return Pairs(torch.from_numpy(file["pictures"]), captions, torch.from_numpy(file["concepts"]), labels, names)
+    return read_pairs(path, ("group", "subgroup", "style"), ("family",), made_by=__doc__)
 
 
 def draw(archives: Path) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pairs import Pairs, Strings
+from pairs import Pairs
 from torch import Tensor
 from tqdm import tqdm
 
 from .emoji_styles import box_of, rendered
 from .icon_names import Namer, family
+from .pairs_file import read_pairs
 
 SIDE = 32
 LICENCES = (
@@ -183,13 +184,7 @@ def _without_copies(pictures: list[NDArray[np.uint8] | None], concepts: list[int
 
 def load(path: Path) -> Pairs:
     """The pairs in the file that this script wrote; a missing file raises SystemExit with the commands that make it."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist. {__doc__}")
-    with np.load(path) as file:
-        names = {name: [str(x) for x in file[f"{name}_names"]] for name in ("group", "style")}
-        labels = {name: torch.from_numpy(file[name]) for name in names}
-        captions = Strings.of(str(x) for x in file["captions"])
-        return Pairs(torch.from_numpy(file["pictures"]), captions, torch.from_numpy(file["concepts"]), labels, names)
+    return read_pairs(path, ("group", "style"), made_by=__doc__)
 
 
 def splits(pairs: Pairs) -> dict[str, Tensor]:
