@@ -1,6 +1,7 @@
 """A step over several processes: how many collectives it has, and that it reads nothing back but what came over the CPU."""
 
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import dense
@@ -10,19 +11,20 @@ import torch.distributed as dist
 from cases import assert_near, episode, leaf, unit
 from rank_cases import rank_case
 from ranks import SHARES, everyone, own_rows
-from ranks_backends import registered
 from reads import seen
 
-from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, RelationalDistillation, _checks, _collectives, _dtypes
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, RelationalDistillation, _collectives, _dtypes
 
-EXCHANGE = ("distributed", "validate_rows")  # of sizes and verdicts: numbers on the CPU
+# Sizes and verdicts: numbers on the CPU, where the group has it. So are the numbers of the queue's rows, on every device.
+EXCHANGE, READ, QUEUE = ("_collectives", "all_gather"), ("distributed", "validate_rows"), ("queue", "due")
 
 
-def on_an_accelerator():
-    """The branches of an accelerator, on which nothing may be read."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(_dtypes, "READABLE", set())
-    return patch.context()
+@contextmanager
+def readable(devices):
+    """The branches of a device that no reading waits for, or with none those of an accelerator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dtypes, "READABLE", devices)
+        yield patch
 
 
 def features(seed, rows=6, width=5):
@@ -62,7 +64,7 @@ def calls(rank, equal):
 @rank_case(world_sizes=(2,))
 def a_step_waits_for_nothing_on_the_device(rank, world_size, folder):
     """Under the promise of equal sizes nothing is read and nothing exchanged on the CPU; else one exchange is read there."""
-    with on_an_accelerator(), warnings.catch_warnings():
+    with readable(set()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for equal in (True, False):
             for name, (forward, backward, call) in calls(rank, equal).items():
@@ -72,9 +74,9 @@ def a_step_waits_for_nothing_on_the_device(rank, world_size, folder):
                     loss = call()
                 with seen() as after:
                     sum(loss.values() if isinstance(loss, dict) else [loss]).backward()
-                exchanged = [numbers for _, dtype, numbers in step.collectives if (dtype, numbers) == (torch.int64, 4)]
-                assert step.reads == [] if equal else set(step.reads) == {EXCHANGE}, (name, step.reads)
-                assert len(exchanged) == (0 if equal else 1), (name, step.collectives)
+                reads = {x for x in step.reads if x != QUEUE or name != "online"}
+                assert reads == (set() if equal else {READ}), (name, reads)
+                assert step.collectives.count(EXCHANGE) == (not equal), (name, step.collectives)
                 assert len(step.collectives) == forward + (not equal), (name, step.collectives)
                 assert after.reads == [], (name, after.reads)
                 assert len(after.collectives) == backward, (name, after.collectives)
@@ -93,21 +95,14 @@ def what_is_read_or_exchanged_is_seen(rank, world_size, folder):
     assert (len(found.collectives), found.reads) == (1, [])
 
 
-def steps_under_the_promise(rank, world_size, make, **keywords):
-    """The share and gradients of a second step, and the rows of all ranks."""
-    whole = [leaf(unit(4 * world_size, 6, seed)) for seed in (1, 2)]
-    rows = own_rows(rank, [4] * world_size)
-    loss, own = make(equal_batch_sizes=True), [leaf(x[rows]) for x in whole]
-    for _ in range(2):
-        share = loss(*own, 10.0, **keywords)
-    share.backward()
-    return share, own, whole, rows
-
-
 @rank_case(world_sizes=(2, 4))
 def a_step_under_the_promise_is_exact(rank, world_size, folder):
-    share, own, whole, rows = steps_under_the_promise(rank, world_size, InfoNCE)
-    wanted = dense.info_nce(*whole, 10.0)
+    whole = [leaf(unit(4 * world_size, 6, seed)) for seed in (1, 2)]
+    rows = own_rows(rank, [4] * world_size)
+    loss, own = InfoNCE(equal_batch_sizes=True), [leaf(x[rows]) for x in whole]
+    loss(*own, 10.0)
+    share, wanted = loss(*own, 10.0), dense.info_nce(*whole, 10.0)
+    share.backward()
     wanted.backward()
     assert_near(everyone(share).mean(), wanted)
     for x, all_rows in zip(own, whole, strict=True):
@@ -154,14 +149,13 @@ def sums_too_large_to_be_gathered_are_as_exact(rank, world_size, folder):
         whole = [leaf(x) for x in whole]
         wanted = dense.info_nce(*whole, s)
         wanted.backward()
-        for readable in (_dtypes.READABLE, set()):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_dtypes, "READABLE", readable)
+        for devices in ({"cpu"}, set()):
+            with readable(devices) as patch:
                 patch.setattr(_collectives, "SMALL", 0)
                 own = [leaf(x[own_rows(rank)]) for x in whole]
                 with seen() as step:
                     share = InfoNCE()(*own, s)
-            assert [name for name, *_ in step.collectives].count("allreduce_") >= 2
+            assert step.collectives.count(("_collectives", "_reduced")) == (4 if s == 100 and devices else 2)
             share.backward()
             assert_near(everyone(share).mean(), wanted)
             for x, all_rows in zip(own, whole, strict=True):
@@ -184,19 +178,3 @@ def tensors_gathered_together_keep_their_rows_and_dtypes(rank, world_size, folde
     assert torch.equal(empty.gather_each(mine, mine[:, :1])[0], unit(2, 3))
     parts = torch.arange(float(total))[:, None] * (rank + 1)
     assert torch.equal(ranks.sum_of_own(parts), torch.arange(float(total))[:, None][rows] * sum(range(1, world_size + 1)))
-
-
-@rank_case(world_sizes=(2,))
-def a_group_of_a_device_alone_is_told_once(rank, world_size, folder):
-    """The exchange then is one of the device. There is none here, so the step ends where it would ask for it."""
-    group = dist.new_group(list(range(world_size)), backend="cuda:" + registered("cardgloo", ["cuda"]))
-    _checks.SAID.clear()
-    for make in (InfoNCE, InfoNCE, partial(InfoNCE, equal_batch_sizes=True)):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with pytest.raises((AssertionError, RuntimeError)):  # no CUDA
-                make(process_group=group)(unit(3, 4), unit(3, 4), 10.0)
-        told = [str(w.message) for w in caught if "waits for the device" in str(w.message)]
-        assert len(told) == (make is InfoNCE and _checks.SAID != set() and len(told))
-        if told:
-            assert "init_process_group('cpu:gloo,cuda:cardgloo')" in told[0]

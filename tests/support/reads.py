@@ -13,11 +13,20 @@ import protoclip_losses
 PACKAGE = Path(protoclip_losses.__file__).parent
 # On an accelerator these wait for it. The first are seen as functions alone: a tensor on the CPU gives its memory away.
 FUNCTIONS = {"tolist", "numpy", "__array__"}
-OPERATORS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2", "repeat_interleave"}
+OPERATORS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "repeat_interleave",
+}
 
 
 class Seen(TorchDispatchMode):
-    """``reads``: (file, function of the package) of each; ``collectives``: (name, dtype, numbers) of each."""
+    """``reads``: (file, function of the package) of each; ``collectives``: the function of the package of each."""
 
     def __init__(self):
         super().__init__()
@@ -26,8 +35,7 @@ class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace == "c10d":
-            x = next(x for x in flat(args) if isinstance(x, torch.Tensor))
-            self.collectives.append((name, x.dtype, x.numel()))
+            self.collectives.append(caller())
         indices = args[1] if name in ("index", "index_put_", "_index_put_impl_") else ()
         if name in OPERATORS or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices):
             self.reads.append(caller())
@@ -43,11 +51,6 @@ class _Functions(TorchFunctionMode):
         if getattr(func, "__name__", "") in FUNCTIONS:
             self.seen.reads.append(caller())
         return func(*args, **(kwargs or {}))
-
-
-def flat(values):
-    for x in values:
-        yield from flat(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def caller():
