@@ -11,6 +11,9 @@ from torch import Tensor
 Group = Any  # torch.distributed.ProcessGroup; not importable from builds without distributed
 # Backends that have reduce_scatter_tensor: gloo was seen to in torch 2.4 to 2.14 (its list form it lacks in 2.4). mpi has none.
 REDUCE_SCATTER = {"nccl", "gloo", "xccl"}
+# Of one tensor for all ranks; torch 2.13 renames them. A build without distributed has neither.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 SMALL = 2**20  # bytes on each rank up to which the number of collectives counts, and not their size
 
 
@@ -109,7 +112,7 @@ class RankRows:
     def _gathered(self, x: Tensor) -> Tensor:
         here, longest = self._padded(x.detach().to(collective_device(self.group, x.device))), max(self.sizes)
         rows = here.new_empty((self.world_size * longest, *x.shape[1:]))
-        dist.all_gather_into_tensor(rows, here.contiguous(), group=self.group)
+        _all_gather(rows, here.contiguous(), group=self.group)
         return self._unpadded(rows).to(x.device)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class RankRows:
 
     def maximum(self, x: Tensor) -> Tensor:
         """The elementwise maximum over ranks."""
-        return _reduced(x, "MAX", self.group)
+        return x if self.group is None else cast(Tensor, _reduced(x, "MAX", self.group))
 
     def sum(self, x: Tensor) -> Tensor:
         """The elementwise sum over ranks."""
@@ -142,7 +145,7 @@ class RankRows:
         if min(self.sizes) < max(self.sizes):
             parts = torch.cat([self._padded(part) for part in torch.split(parts, list(self.sizes))])
         own = parts.new_empty((max(self.sizes), *x.shape[1:]))
-        dist.reduce_scatter_tensor(own, parts.contiguous(), group=self.group)
+        _reduce_scatter(own, parts.contiguous(), group=self.group)
         return own[: self.own.stop - self.own.start].to(x.device)
 
     def logsumexp(self, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,12 +190,11 @@ class _GatherRows(torch.autograd.Function):
 
 def sum_over_ranks(x: Tensor, group: Group | None) -> Tensor:
     """The sum over ranks, as a new tensor on the device of ``x``. No gradient."""
-    return _reduced(x, "SUM", group)
+    return x if group is None else cast(Tensor, _reduced(x, "SUM", group))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 does not trace which devices a group has
 def _reduced(x: Tensor, operation: str, group: Group | None) -> Tensor:
-    if group is None:
-        return x
     result = x.detach().to(collective_device(group, x.device), copy=True)
     dist.all_reduce(result, op=getattr(dist.ReduceOp, operation), group=group)
     return result.to(x.device)

@@ -16,7 +16,7 @@ the CPU where the group has a backend for it.
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -91,9 +91,8 @@ def validate_rows(
         own_signature = "" if signature is None else json.dumps({name: repr(value) for name, value in signature().items()})
     except Exception as error:
         failure = error
-    device = collective_device(group, torch.device("cpu"), getattr(like, "device", None))
     numbers = int(failure is not None), rows, zlib.crc32(own_signature.encode()), own_digest
-    verdicts = torch.stack(all_gather(torch.tensor(numbers, device=device), group)).tolist()
+    verdicts = _exchanged(numbers, group, getattr(like, "device", None))
     if failure is not None:
         raise failure
     failed = [r for r, (has_failed, *_) in enumerate(verdicts) if has_failed]
@@ -102,6 +101,12 @@ def validate_rows(
     if len({code for _, _, code, _ in verdicts}) > 1:
         raise ValueError(_difference([json.loads(text) for text in gather_strings(own_signature or "{}", group)]))
     return result, RankRows(group, [n for _, n, *_ in verdicts], [digest for *_, digest in verdicts])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers that Python reads have no place in a traced graph
+def _exchanged(numbers: Sequence[int], group: Group, device: torch.device | None) -> list[list[int]]:
+    there = collective_device(group, torch.device("cpu"), device)
+    return cast(list[list[int]], torch.stack(all_gather(torch.tensor(numbers, device=there), group)).tolist())
 
 
 def _difference(signatures: Sequence[Mapping[str, str]]) -> str:
@@ -122,15 +127,22 @@ def gather_strings(text: str, group: Group | None) -> list[str]:
 def even_batches(batches: Iterable[Any], process_group: Group | bool | None = None) -> Iterator[Any]:
     """The batches, for as long as every rank has one: ranks with unequal numbers of them stop together, and none hangs.
 
-    Ranks exchange one number before each batch, on a GPU after the work before it. An error on one rank is raised on all.
+    Ranks exchange a number before each batch, over the CPU where the group has a backend for it. An error on one rank is raised
+    on all.
 
     Example:
         >>> list(even_batches([1, 2, 3]))
         [1, 2, 3]
     """
     group, iterator, end = active_group(process_group), iter(batches), object()
+    batch: Any = end
+
+    def read() -> None:
+        nonlocal batch
+        batch = next(iterator, end)
+
     while True:
-        batch = validate_on_all_ranks(lambda: next(iterator, end), group)
-        if not all(gather_sizes(int(batch is not end), group)):
+        _, ranks = validate_rows(read, group, 0, digest=lambda: int(batch is not end))
+        if batch is end or not all(ranks.digests):
             return
         yield batch
