@@ -10,6 +10,7 @@ import protoclip_losses
 PACKAGE = Path(protoclip_losses.__file__).parent
 # From the ground up: a layer imports from those before it and from SHARED. A layer is a folder or a file at the root.
 LAYERS = (
+    "_collectives",
     "distributed",
     "kernels",
     "functional",

@@ -33,7 +33,7 @@ def gather_features(image_features: Tensor, text_features: Tensor, *flags: Any, 
     if group is None:
         return image_features, text_features
     ranks = RankRows(group, [len(image_features)] * dist.get_world_size(group))
-    image, text = (ranks.gather_with_gradient(x) for x in (image_features, text_features))
+    image, text = ranks.gather_each_with_gradient(image_features, text_features)
     return image, text
 
 

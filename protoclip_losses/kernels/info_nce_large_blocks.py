@@ -49,7 +49,8 @@ def pair_nll_in_large_blocks(
     ranks: RankRows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What :func:`protoclip_losses.kernels.info_nce.pair_nll` returns."""
-    texts, ids, own = ranks.gather(text), None if ids is None else ranks.gather(ids), ranks.own
+    texts, *of_ids = ranks.gather_each(text, *([] if ids is None else [ids]))
+    ids, own = of_ids[0] if of_ids else None, ranks.own
     slices = [slice(start, min(start + chunk, len(image))) for start in range(0, len(image), chunk)]
     held = len(image) if keep and with_gradient else min(chunk, len(image))
     memory = scale.new_empty((COPIES, held, len(texts)))
@@ -82,8 +83,8 @@ def pair_nll_in_large_blocks(
     column_mass = first_pass[0].column_mass
     for part in first_pass[1:]:
         column_mass = torch.logaddexp(column_mass, part.column_mass)
-    column_mass = ranks.logsumexp(column_mass)
-    row_gap, column_gap = row_mass - pair, column_mass - ranks.gather(pair)
+    column_mass, pairs = ranks.logsumexp(column_mass, pair[:, None])
+    row_gap, column_gap = row_mass - pair, column_mass - pairs[:, 0]
     # Beyond the threshold float64 sees no more.
     total = (F.softplus(row_gap, threshold=40).sum() + F.softplus(column_gap[own], threshold=40).sum()) / 2
     if not with_gradient:
@@ -106,7 +107,7 @@ def pair_nll_in_large_blocks(
         of_block = (residual.T @ image[rows]).to(scale.dtype)
         grad_texts = of_block if grad_texts is None else grad_texts.add_(of_block)
     assert grad_texts is not None
-    return total, sums.of("correct"), _joined(grad_image), ranks.sum(grad_texts)[own].mul(half), sums.of("scale") / 2
+    return total, sums.of("correct"), _joined(grad_image), ranks.sum_of_own(grad_texts).mul(half), sums.of("scale") / 2
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

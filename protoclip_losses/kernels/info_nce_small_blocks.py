@@ -36,12 +36,13 @@ def pair_nll_in_small_blocks(
     """What :func:`protoclip_losses.kernels.info_nce.pair_nll` returns."""
     pass_over = _Pass(image, text, scale, chunk, ids, ranks)
     cached = scale.new_empty((image.shape[0], pass_over.texts.shape[0])) if cache_logits and with_gradient else None
-    row_nll, others = pass_over.normalisers(cached, with_accuracy)
+    row_nll, own_others = pass_over.normalisers(cached, with_accuracy)
     own = pass_over.own
-    pair = ranks.gather(pass_over.pair)
-    rows, column_nll = pass_over.pair + row_nll, F.softplus(others - pair, threshold=40)  # beyond it float64 sees no more
+    others, of_all = ranks.logsumexp(own_others, torch.stack([pass_over.pair, pass_over.pair + row_nll], 1))
+    pair, rows = of_all.unbind(1)
+    column_nll = F.softplus(others - pair, threshold=40)  # beyond it float64 sees no more
     columns = pair + column_nll
-    rescaled = bool(columns.min() > ranks.maximum(rows.max()) - REACH)
+    rescaled = bool(columns.min() > rows.max() - REACH)
     if not rescaled:
         column_nll = F.softplus(pass_over.exact_others() - pair, threshold=40)
         columns = pair + column_nll
@@ -56,13 +57,14 @@ class _Pass:
     """The two passes over blocks of rows, and what they share."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, chunk: int, ids: Tensor | None, ranks: RankRows) -> None:
-        self.image, self.texts, self.scale, self.chunk = image, ranks.gather(text), scale, min(chunk, image.shape[0])
+        texts, *of_ids = ranks.gather_each(text, *([] if ids is None else [ids]))
+        self.image, self.texts, self.scale, self.chunk = image, texts, scale, min(chunk, image.shape[0])
         self.blocks = LogitBlocks(self.texts, scale, self.chunk)
         self.ranks, self.own = ranks, ranks.own
         self.labels = torch.arange(self.own.start, self.own.stop, device=image.device)
         self.pair = scale.new_empty(image.shape[0])
         self.correct = scale.new_zeros(())
-        self.ids = None if ids is None else ranks.gather(ids)
+        self.ids = of_ids[0] if of_ids else None
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """A block of logits, -inf where another pair has the same id."""
@@ -80,7 +82,7 @@ class _Pass:
         return block.diagonal(self.own.start + rows.start)
 
     def normalisers(self, cached: Tensor | None, with_accuracy: bool) -> tuple[Tensor, Tensor]:
-        """-log p_ii of the rows, and log of each column's mass without its own pair. Fills ``cached`` with p, its diagonal 0."""
+        """-log p_ii of own rows, and log of a column's mass in them without its own pair. Fills ``cached`` with p, diagonal 0."""
         row_nll = torch.empty_like(self.pair)
         others = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         for rows in self.slices():
@@ -96,10 +98,10 @@ class _Pass:
             normaliser = self.pair[rows] + row_nll[rows]
             top = normaliser.max()
             others = torch.logaddexp(others, ((normaliser - top).exp_() @ p).log_() + top)
-        return row_nll, self.ranks.logsumexp(others)
+        return row_nll, others
 
     def exact_others(self) -> Tensor:
-        """log of each column's mass without its own pair, by its own exponentials with a running maximum."""
+        """log of each column's mass in all rows without its own pair, by its own exponentials with a running maximum."""
         top = self.scale.new_full((self.texts.shape[0],), -torch.inf)
         mass = torch.zeros_like(top)
         for rows in self.slices():
@@ -109,7 +111,7 @@ class _Pass:
             base = higher.clamp(min=torch.finfo(higher.dtype).min)  # -inf less -inf would be NaN
             mass = mass * (top - base).exp() + logits.sub_(base).exp_().sum(0)
             top = higher
-        return self.ranks.logsumexp(top + mass.log())
+        return self.ranks.logsumexp(top + mass.log(), self.pair[:, None])[0]
 
     def gradients(
         self, cached: Tensor | None, row_nll: Tensor, columns_lse: Tensor, column_nll: Tensor, rescaled: bool
@@ -143,4 +145,4 @@ class _Pass:
             grad_scale += (direction * z).sum()
             grad_image[rows] = direction * self.scale
             grad_texts += residual.T @ z
-        return grad_image, self.ranks.sum(grad_texts)[self.own].mul(self.scale / 2), grad_scale.to(self.scale.dtype)
+        return grad_image, self.ranks.sum_of_own(grad_texts).mul(self.scale / 2), grad_scale.to(self.scale.dtype)

@@ -32,9 +32,9 @@ def shared_positives(image: Tensor, text: Tensor, ids: Tensor, ranks: RankRows) 
     """
     dtype = accumulation_dtype(image.dtype)
     with torch.autocast(image.device.type, enabled=False):
-        group = numbered(ranks.gather(ids))
         own = torch.cat([image, text], 1).to(dtype)
-        everything = ranks.gather_with_gradient(own) if not ranks.is_single else own
+        everything, all_ids = ranks.gather_each_with_gradient(own, ids)
+        group = numbered(all_ids)
         sums = own.new_zeros((len(group), own.shape[1])).index_add(0, group, everything)
         sizes = own.new_zeros(len(group)).index_add(0, group, torch.ones_like(group, dtype=dtype))
         of_own = group[ranks.own]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
+from ..distributed import Group, RankRows, check_process_group
 from ..functional.info_nce import check_ids, check_pairs, check_repeats
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
@@ -37,6 +37,9 @@ class InfoNCE(LossModule):
         repeats: what pairs with equal ``ids`` are to each other, over all ranks: ``"mask"`` no negatives, ``"share"`` positives
             of equal mass. None: there are no ids.
         process_group: None for the default group, ``False`` to stay local (evaluation on one rank), or a group.
+        equal_batch_sizes: a promise that in each step all ranks have as many rows as each other. The first call compares sizes
+            and settings; later ones exchange neither sizes nor verdicts, and never wait for the device. Bad input on one rank is
+            then an error there alone, and the others wait for it until the group's timeout.
         gather_with_grad: False is what open_clip does without ``--gather-with-grad`` and ``--local-loss``, its default: a rank's
             loss is that of the whole batch with the features of other ranks as constants. On W ranks the gradient that reaches
             the encoders, after DDP's averaging, is 1/W of the true one; that of the scale is exact. For a run that has to
@@ -64,6 +67,7 @@ class InfoNCE(LossModule):
         *,
         repeats: str | None = None,
         process_group: Group | bool | None = None,
+        equal_batch_sizes: bool = False,
         gather_with_grad: bool = True,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
@@ -72,14 +76,15 @@ class InfoNCE(LossModule):
         super().__init__()
         BlockLimit(chunk_size, memory_budget)
         check_repeats(repeats)
-        self.repeats = repeats
+        self.repeats, self.equal_batch_sizes = repeats, equal_batch_sizes
         self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
         self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
         self.metrics: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
         blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
-        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, {blocks}"
+        promise = f"equal_batch_sizes={self.equal_batch_sizes}"
+        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, {promise}, {blocks}"
 
     def forward(
         self,
@@ -104,24 +109,24 @@ class InfoNCE(LossModule):
         if isinstance(logit_bias, bool):  # the fourth argument was output_dict in 0.6
             check.warn_renamed("output_dict as the fourth positional argument of InfoNCE", "output_dict=...")
             logit_bias, output_dict = None, logit_bias
-        group = active_group(self.process_group)
 
         def checked() -> Tensor:
             check_ids(ids, self.repeats, image_features)
             return check_pairs(image_features, text_features, logit_scale, self.check_values)
 
-        scale, ranks = validate_rows(
+        scale, ranks = self._validate_rows(
             checked,
-            group,
             num_rows(image_features),
             signature=lambda: {
                 **collective_signature(image_features, text_features, scale=logit_scale),
                 "gather_with_grad": self.gather_with_grad,
+                "equal_batch_sizes": self.equal_batch_sizes,
                 "repeats and ids": (self.repeats, ids is not None),
                 **(own_gradients(image_features, text_features) if self.repeats == "share" else {}),
             },
             like=image_features,
             digest=None if self.was_called else lambda: digest(None, image_features),
+            settings=(self.gather_with_grad, self.repeats),
         )
         if not self.was_called:
             self.was_called = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import is_transformed, may_read_values
-from ..distributed import RankRows
+from ..distributed import Group, RankRows, backends
 
 LENGTHS = 1 / 3, 3.0  # of a row of features that are normalised, within reason
 PER_PROTOTYPE = 10  # samples for each prototype after which an accuracy at chance is no chance
@@ -58,6 +58,18 @@ def warn_of_equal_ranks(ranks: RankRows) -> None:
             f"ranks {equal} of the process group hold the same samples, so that a sample is its own negative: pass the group of "
             "data parallelism (process_group=mesh['dp']) where ranks share a model by tensors or stages, and give each rank its "
             "own samples (DistributedSampler) where they do not",
+            once=True,
+        )
+
+
+def warn_of_waiting(group: Group) -> None:
+    """Warn of a group whose exchange of sizes and verdicts is one of the device, which has to be waited for."""
+    served = backends(group)
+    if "cpu" not in served:
+        names = ",".join(f"{device}:{name}" for device, name in served.items())
+        check.warn(
+            f"process_group has collectives for {names} alone, so each step waits for the device to learn the batch sizes of "
+            f"other ranks: init_process_group('cpu:gloo,{names}') exchanges them on the CPU, equal_batch_sizes=True not at all",
             once=True,
         )
 

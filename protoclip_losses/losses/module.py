@@ -9,9 +9,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ..distributed import Group
+from ..distributed import Group, RankRows, Signature, active_group, validate_rows, world_size
+from .misuse import warn_of_waiting
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def untraced_if(condition: Callable[[Any], bool], reason: str) -> Callable[[Method], Method]:
@@ -36,7 +38,38 @@ class LossModule(nn.Module):
     """A loss that can be copied with its process group, and that loads from a checkpoint made before the model had it."""
 
     process_group: Group | bool | None
+    equal_batch_sizes: bool
     was_called = False  # some mistakes are looked for in the first call alone
+    _compared: object = None  # the settings that all ranks are known to agree on
+
+    def _validate_rows(
+        self,
+        check: Callable[[], T],
+        rows: int,
+        signature: Signature,
+        like: object,
+        digest: Callable[[], int] | None = None,
+        *,
+        settings: object = None,
+    ) -> tuple[T, RankRows]:
+        """:func:`~protoclip_losses.distributed.validate_rows` of a training step.
+
+        Under the promise of ``equal_batch_sizes`` ranks exchange sizes, verdicts and signatures in the first call alone, and in
+        the first with other ``settings``, which must change on all of them together.
+        """
+        group = active_group(self.process_group)
+        if group is None:
+            return validate_rows(check, None, rows)
+        if not self.equal_batch_sizes:
+            warn_of_waiting(group)
+            return validate_rows(check, group, rows, signature, like, digest)
+        if self._compared != (group.group_name, settings):
+            result, ranks = validate_rows(check, group, rows, signature, like, digest)
+            if len(set(ranks.sizes)) > 1:
+                raise ValueError(f"equal_batch_sizes must be False where ranks have different numbers of rows, got {ranks.sizes}")
+            self._compared = group.group_name, settings
+            return result, ranks
+        return check(), RankRows(group, [rows] * world_size(group))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LossModule":
         """A copy that communicates with the same processes: a group itself cannot be copied."""
@@ -53,7 +86,7 @@ class LossModule(nn.Module):
                 f"process_group of a {type(self).__name__} cannot be pickled: set loss.process_group=None before, and after it "
                 "the group of the process that unpickles it"
             )
-        return self.__dict__
+        return {**self.__dict__, "_compared": None}  # other processes will load it
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint without this loss leaves it as it is, also with ``strict=True``."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import is_transformed
-from ..distributed import Group, active_group, validate_rows
+from ..distributed import Group
 from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_all_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
@@ -53,6 +53,8 @@ class ProtoLoss(PrototypeModule):
         normalize_prototypes: L2-normalise prototypes and centroids. The paper does not: its student softmax favours prototypes
             of large norm, that is of tight clusters.
         process_group: None for the default group, ``False`` to stay local, or a group.
+        equal_batch_sizes: a promise that saves the exchange of each step, see :class:`InfoNCE`. Settings and prototypes are
+            compared in the first call, and in the first after :meth:`set_prototypes`, which all ranks must call together.
         gather_with_grad: of InfoNCE, see :class:`InfoNCE`; prototype terms are exact in either case.
         chunk_size: rows worked on at a time; any value gives the same answer.
         memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
@@ -92,6 +94,7 @@ class ProtoLoss(PrototypeModule):
         back_translation: bool = True,
         normalize_prototypes: bool = False,
         process_group: Group | bool | None = None,
+        equal_batch_sizes: bool = False,
         gather_with_grad: bool = True,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
@@ -109,6 +112,7 @@ class ProtoLoss(PrototypeModule):
             w_distill,
             distill_temperature,
             repeats,
+            equal_batch_sizes,
             chunk_size,
             memory_budget,
             check_values,
@@ -181,9 +185,8 @@ class ProtoLoss(PrototypeModule):
             return scale, terms.check(batch, proto_scale), labels
 
         exchanges_gradients = self.settings.w_distill or self.settings.repeats == "share"
-        (scale, scales, labels), ranks = validate_rows(
+        (scale, scales, labels), ranks = self._validate_rows(
             prepare,
-            active_group(self.process_group),
             num_rows(image_features),
             signature=lambda: {
                 **collective_signature(image_features, text_features, scale=logit_scale),

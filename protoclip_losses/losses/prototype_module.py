@@ -13,7 +13,7 @@ from ..kernels.autograd import constants
 from ..prototypes.extra_state import StateTensor, pack, unpack
 from ..prototypes.source import BatchFeatures, PrototypeSource
 from .module import LossModule
-from .settings import ObjectiveSettings
+from .settings import OF_ONE_RANK, ObjectiveSettings
 from .terms import WeightedTerms
 from .training_calls import TrainingCall, TrainingCalls
 
@@ -39,6 +39,7 @@ class PrototypeModule(LossModule):
     def __setattr__(self, name: str, value: Any) -> None:
         """A changed setting is checked; temperatures and weights of prototype terms hold from the next :meth:`set_prototypes`."""
         if name in SETTINGS:
+            self._compared = self._compared if name in OF_ONE_RANK else None
             name, value = "settings", replace(self.settings, **{name: value})
         super().__setattr__(name, value)
 
@@ -72,7 +73,7 @@ class PrototypeModule(LossModule):
         with constants():
             terms = WeightedTerms(prototypes, self.settings)
             terms.fill()
-        self._prototypes, self._terms, self._is_set = prototypes, terms, True
+        self._prototypes, self._terms, self._is_set, self._compared = prototypes, terms, True, None
 
     def _begin(self, batch: BatchFeatures) -> tuple[WeightedTerms, TrainingCall | None]:
         """The terms of this call; and the call that it runs again, if it does."""
@@ -132,4 +133,4 @@ class PrototypeModule(LossModule):
             source = None if saved is None else PrototypeSource.of_state(saved)
             terms = WeightedTerms(source, self.settings)
             terms.load_state_dict(state.get("targets"))
-        self._prototypes, self._terms, self._is_set = source, terms, state["is_set"]
+        self._prototypes, self._terms, self._is_set, self._compared = source, terms, state["is_set"], None

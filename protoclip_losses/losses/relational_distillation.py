@@ -1,12 +1,12 @@
 """Relational distillation as a module that gathers over processes."""
 
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, active_group, check_process_group, validate_rows
+from ..distributed import Group, RankRows, check_process_group
 from ..functional.relational_distillation import check_relations, unit_rows
 from ..kernels.relational_distillation import relation_kl_sum
 from ..kernels.sizes import BlockLimit
@@ -14,6 +14,8 @@ from ..prototypes.source import BatchFeatures
 from .info_nce import collective_signature, num_rows, own_gradients
 from .module import LossModule
 from .settings import ObjectiveSettings, block_limit
+
+Features = Sequence[Tensor]
 
 
 class RelationalDistillation(LossModule):
@@ -34,6 +36,7 @@ class RelationalDistillation(LossModule):
     Args:
         temperature: :math:`\tau` of the teacher.
         process_group: None for the default group, ``False`` to stay local, or a group.
+        equal_batch_sizes: a promise that saves the exchange of each step, see :class:`InfoNCE`.
         chunk_size: rows worked on at a time; any value gives the same answer.
         memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only.
@@ -54,6 +57,7 @@ class RelationalDistillation(LossModule):
         temperature: float = 0.1,
         *,
         process_group: Group | bool | None = None,
+        equal_batch_sizes: bool = False,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         check_values: bool | None = None,
@@ -61,11 +65,12 @@ class RelationalDistillation(LossModule):
         super().__init__()
         BlockLimit(chunk_size, memory_budget)
         self.temperature = check.temperature("temperature", temperature)
-        self.process_group = check_process_group(process_group)
+        self.process_group, self.equal_batch_sizes = check_process_group(process_group), equal_batch_sizes
         self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
+        blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
+        return f"temperature={self.temperature}, equal_batch_sizes={self.equal_batch_sizes}, {blocks}"
 
     def forward(self, features: Tensor, teacher_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         """Return the loss, a () tensor.
@@ -75,31 +80,20 @@ class RelationalDistillation(LossModule):
             teacher_features: (B, D_E) of the same samples; a row of zeros is left out.
             logit_scale: already exponentiated: a float, () or (1,).
         """
-        (scale, _), ranks = validate_rows(
+        (scale, _), ranks = self._validate_rows(
             lambda: check_relations(features, teacher_features, logit_scale, self.temperature, self.check_values),
-            active_group(self.process_group),
             num_rows(features),
             signature=lambda: {
                 **collective_signature(features, teacher_features, scale=logit_scale),
                 "temperature": self.temperature,
+                "equal_batch_sizes": self.equal_batch_sizes,
                 **own_gradients(features),
             },
             like=features,
+            settings=self.temperature,
         )
-        return relation_share(
-            features, teacher_features, scale, self.temperature, ranks, BlockLimit(self.chunk_size, self.memory_budget)
-        )
-
-
-def relation_share(
-    features: Tensor, teacher: Tensor, scale: Tensor, temperature: float, ranks: RankRows, limit: BlockLimit
-) -> Tensor:
-    """This rank's share of relational distillation over all ranks' rows. Inputs have been checked."""
-    teacher, known = unit_rows(teacher.to(scale.dtype))
-    if ranks.is_single:
-        total = relation_kl_sum(features, teacher, scale, known, slice(0, len(features)), temperature, limit)
-        return total / known.sum().clamp(min=1)
-    return cast(Tensor, _share_over_ranks(features, teacher, scale, known, temperature, ranks, limit))
+        limit = BlockLimit(self.chunk_size, self.memory_budget)
+        return relation_shares([features], [teacher_features], [scale], self.temperature, ranks, limit)[0]
 
 
 def check_distillation(batch: BatchFeatures, logit_scale: Tensor | float, settings: ObjectiveSettings) -> None:
@@ -114,24 +108,34 @@ def check_distillation(batch: BatchFeatures, logit_scale: Tensor | float, settin
 
 def distillation_share(batch: BatchFeatures, logit_scale: Tensor | float, settings: ObjectiveSettings, ranks: RankRows) -> Tensor:
     """This rank's share of the mean over teachers and students. Inputs have been checked."""
-    shares = []
-    for teacher in batch.teachers.values():
-        for h in batch.students.values():
-            scale = check.scale("logit_scale_proto", logit_scale, h, False)
-            shares.append(relation_share(h, teacher, scale, settings.distill_temperature, ranks, block_limit(settings)))
-    return torch.stack(shares).mean()
+    students = list(batch.students.values())
+    scales = [check.scale("logit_scale_proto", logit_scale, h, False) for h in students]
+    limit, temperature = block_limit(settings), settings.distill_temperature
+    return torch.stack(relation_shares(students, list(batch.teachers.values()), scales, temperature, ranks, limit)).mean()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives of a kernel have no place in a traced graph
-def _share_over_ranks(
-    features: Tensor,
-    teacher: Tensor,
-    scale: Tensor,
-    known: Tensor,
+def relation_shares(
+    students: Features,
+    teachers: Features,
+    scales: Sequence[Tensor],
     temperature: float,
     ranks: RankRows,
     limit: BlockLimit,
-) -> Tensor:
-    gathered, teachers, knowns = ranks.gather_with_gradient(features), ranks.gather(teacher), ranks.gather(known)
-    total = relation_kl_sum(gathered, teachers, scale, knowns, ranks.own, temperature, limit)
-    return total * ranks.world_size / knowns.sum().clamp(min=1)
+) -> list[Tensor]:
+    """This rank's share of relational distillation over all ranks' rows, by teacher and student. Inputs have been checked."""
+    own = slice(0, len(students[0])) if ranks.is_single else ranks.own
+    students, teachers = (students, teachers) if ranks.is_single else _gathered(students, teachers, ranks)
+    shares = []
+    for teacher in teachers:
+        for h, scale in zip(students, scales, strict=True):
+            unit, known = unit_rows(teacher.to(scale.dtype))
+            total = relation_kl_sum(h, unit, scale, known, own, temperature, limit)
+            shares.append(total * ranks.world_size / known.sum().clamp(min=1))
+    return shares
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives of a kernel have no place in a traced graph
+def _gathered(students: Features, teachers: Features, ranks: RankRows) -> tuple[Features, Features]:
+    """All ranks' rows, together: with the gradients of students, which ranks exchange once in backward."""
+    everything = ranks.gather_each_with_gradient(*students, *(x.detach() for x in teachers))
+    return everything[: len(students)], everything[len(students) :]

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 from .. import _checks as check
 from ..functional.info_nce import check_repeats
 from ..kernels.sizes import BlockLimit
+
+OF_ONE_RANK = ("chunk_size", "memory_budget", "check_values")  # may differ between ranks
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class ObjectiveSettings:
     w_distill: float
     distill_temperature: float
     repeats: str | None
+    equal_batch_sizes: bool
     chunk_size: int | None
     memory_budget: int | None
     check_values: bool | None
@@ -44,8 +48,9 @@ class ObjectiveSettings:
 
     @cached_property
     def signature(self) -> str:
-        """The settings that must be equal on all ranks; blocks and checks may differ."""
-        return replace(self, chunk_size=None, memory_budget=None, check_values=None).as_arguments()
+        """The settings that must be equal on all ranks."""
+        left_out: dict[str, Any] = dict.fromkeys(OF_ONE_RANK)
+        return replace(self, **left_out).as_arguments()
 
     def as_arguments(self) -> str:
         """The settings as they are written in a constructor call."""

@@ -132,3 +132,29 @@ def no_more_is_exchanged_in_a_step_than_before(rank, world_size, folder):
             loss(unit(5, 6, rank), unit(5, 6, rank + 10), 10.0)
         counts.append(sum(e.count for e in profile.key_averages() if e.key.startswith(("c10d::", "gloo:"))))
     assert counts[0] == counts[1] > 0
+
+
+@rank_case(world_sizes=(2,))
+def a_group_of_a_device_alone_is_told_once(rank, world_size, folder):
+    """Its steps exchange sizes over the device. There is none here, so that a step ends where it asks for it."""
+    groups = {
+        name: dist.new_group(list(range(world_size)), backend=name)
+        for name in ("cuda:" + registered("cardgloo", ["cuda"]), "gloo")
+    }
+    _checks.SAID.clear()
+
+    def told(group, **settings):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if group == "gloo":
+                InfoNCE(process_group=groups[group], **settings)(unit(3, 4, rank), unit(3, 4), 10.0)
+            else:
+                with pytest.raises((AssertionError, RuntimeError)):
+                    InfoNCE(process_group=groups[group], **settings)(unit(3, 4), unit(3, 4), 10.0)
+        return [str(w.message) for w in caught if "waits for the device" in str(w.message)]
+
+    assert told("gloo") == []
+    assert told("cuda:cardgloo", equal_batch_sizes=True) == []
+    (message,) = told("cuda:cardgloo")
+    assert "init_process_group('cpu:gloo,cuda:cardgloo')" in message
+    assert told("cuda:cardgloo") == []
