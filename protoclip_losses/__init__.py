@@ -16,7 +16,7 @@ from .episodes import (
     extract,
 )
 from .heads import ProjectionHead, ProjectionHeads
-from .losses import InfoNCE, ProtoLoss, PrototypeLoss, RelationalDistillation
+from .losses import InfoNCE, ProtoLoss, PrototypeLoss, RelationalDistillation, SigmoidPairLoss
 from .prototypes import (
     Clustering,
     EpisodeReport,
@@ -52,6 +52,7 @@ __all__ = [
     "Prototypes",
     "PrototypicalBackTranslation",
     "RelationalDistillation",
+    "SigmoidPairLoss",
     "StreamEpisode",
     "StreamEpisodes",
     "StreamPass",
