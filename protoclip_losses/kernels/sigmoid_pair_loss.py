@@ -114,8 +114,8 @@ def sigmoid_pair_sum(
         return _dense(image, text, scale, bias, with_accuracy)
     affine = torch.stack([scale, bias])
     wanted = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad or affine.requires_grad)
-    copies = BUFFERS + int(image.dtype != scale.dtype)
-    chunk = rows_per_block(ranks.total, scale.dtype, image.device, limit, copies)
+    buffers = BUFFERS + int(image.dtype != scale.dtype)  # the product, before and after
+    chunk = rows_per_block(buffers * ranks.total, scale.dtype, image.device, limit)
     inputs = image, text, affine, chunk, wanted, with_accuracy
     if ranks.is_single:
         return run("sigmoid_pair_loss", sigmoid_pairs, sigmoid_pairs_operator, *inputs)
@@ -133,7 +133,7 @@ def sigmoid_pair_rows(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, 
         own = pairs == torch.arange(text.shape[0], device=image.device)
         return F.softplus(logits.where(~own, -logits), threshold=THRESHOLD).sum(1)
 
-    chunk = rows_per_block(image.shape[0], scale.dtype, image.device, limit, copies=RECOMPUTED)
+    chunk = rows_per_block(RECOMPUTED * image.shape[0], scale.dtype, image.device, limit)
     return recomputed_blocks(rows, image.shape[0], chunk)
 
 

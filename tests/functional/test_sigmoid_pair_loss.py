@@ -3,10 +3,10 @@
 import dense
 import pytest
 import torch
-from cases import assert_near, assert_same, leaf, set_sizes, unit, value_and_gradients
+from cases import assert_near, assert_same, leaf, unit, value_and_gradients
 from cost import cost
 
-from protoclip_losses import SigmoidPairLoss, _dtypes
+from protoclip_losses import SigmoidPairLoss
 from protoclip_losses.functional import sigmoid_pair_loss
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -211,18 +211,18 @@ def test_metric_is_the_detached_share_of_images_that_rank_their_text_first(chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_linear_in_the_batch(form, dtype, monkeypatch):
-    """256 MB of float32 logits; on an accelerator, whose budget is 1 GiB, of one's own budget."""
+def test_memory_is_linear_in_the_batch(form, dtype):
+    """137 MiB of float32 logits. An accelerator's own budget is 1 GiB."""
     if form == "dense":
-        set_sizes(monkeypatch, dense_logits=0)
-    x = [leaf(unit(8192, 2, seed, dtype)) for seed in (0, 1)]
-    budget = 2**20 * 40 if "cpu" not in _dtypes.READABLE else None
+        pytest.skip("for few logits")
+    x = [leaf(unit(6000, 2, seed, dtype)) for seed in (0, 1)]
+    budget = 40 * 2**20 if form == "accelerator" else None
     for call in (
         lambda: sigmoid_pair_loss(*x, leaf(SCALE.float()), leaf(BIAS.float()), memory_budget=budget).backward(),
         lambda: sigmoid_pair_loss(*x, 10.0, -3.0, memory_budget=budget, reduction="none").sum().backward(),
     ):
         peak, _ = cost(call)
-        assert peak <= 140 * 2**20
+        assert peak <= 64 * 2**20
 
 
 def test_three_products_and_one_without_gradients(form):
