@@ -62,7 +62,7 @@ def sigmoid_pairs(
                 sums.add("correct", label_is_first(logits, labels))
             logits.diagonal(first).neg_()
             residual = torch.sigmoid(logits, out=buffer[: len(x)]) if with_gradient else None
-            sums.add("loss", F.softplus(logits, threshold=THRESHOLD, out=logits))
+            sums.add("loss", F.softplus(logits, threshold=THRESHOLD, out=logits))  # type: ignore[call-arg]
             if residual is not None:
                 residual.diagonal(first).neg_()
                 sums.add("bias", residual)

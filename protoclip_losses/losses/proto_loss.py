@@ -209,7 +209,8 @@ class ProtoLoss(PrototypeModule):
             warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
             warn_of_one_projection(image_features_projected, text_features_projected)
         # A zero each: torch.compile traces no function of one tensor given twice.
-        parts = {name: pair_scales[0].detach().new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
+        zero = pair_scales[0].detach()
+        parts = {name: zero.new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
         metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
             share, metrics = pair_share(self.settings, image_features, text_features, *pair_scales, ids, ranks)
@@ -228,7 +229,7 @@ class ProtoLoss(PrototypeModule):
     def _check_set(self) -> None:
         if not self._is_set:
             raise RuntimeError(
-                "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for the pair loss only"
+                "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) to have none"
             )
         if is_transformed() and not self.needs_episodes:
             raise NotImplementedError(
