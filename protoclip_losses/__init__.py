@@ -16,7 +16,7 @@ from .episodes import (
     extract,
 )
 from .heads import ProjectionHead, ProjectionHeads
-from .losses import InfoNCE, ProtoLoss, PrototypeLoss, RelationalDistillation
+from .losses import GradCache, InfoNCE, ProtoLoss, PrototypeLoss, RelationalDistillation, SigmoidPairLoss
 from .prototypes import (
     Clustering,
     EpisodeReport,
@@ -39,6 +39,7 @@ __all__ = [
     "EpisodicClusterer",
     "FeatureBank",
     "FeatureCollector",
+    "GradCache",
     "InfoNCE",
     "KMeans",
     "KMeansResult",
@@ -52,6 +53,7 @@ __all__ = [
     "Prototypes",
     "PrototypicalBackTranslation",
     "RelationalDistillation",
+    "SigmoidPairLoss",
     "StreamEpisode",
     "StreamEpisodes",
     "StreamPass",

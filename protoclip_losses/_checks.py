@@ -107,10 +107,27 @@ def finite(name: str, x: Tensor, what: str = "rows") -> None:
 
 def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | None) -> Tensor:
     """Return the exponentiated logit scale as a 0-d tensor in the accumulation dtype of ``like``; gradients flow through."""
+    if isinstance(value, torch.nn.Parameter):
+        warn(f"{name} is a Parameter, so probably the logarithm of the scale: pass {name}.exp()", once=True)
+    tensor, number = _scalar(name, value, like, check_values, " (the exponentiated scale, not its log)")
+    if number is not None and number <= 0:
+        warn(f"{name} is not positive, so probably the logarithm of the scale: pass {name}.exp()", once=True)
+    return tensor
+
+
+def bias(name: str, value: Tensor | float, like: Tensor, check_values: bool | None) -> Tensor:
+    """Return the logit bias as a 0-d tensor in the accumulation dtype of ``like``; gradients flow through."""
+    if isinstance(value, bool):  # an output_dict, given where the bias belongs
+        raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got bool")
+    return _scalar(name, value, like, check_values)[0]
+
+
+def _scalar(
+    name: str, value: Tensor | float, like: Tensor, check_values: bool | None, what: str = ""
+) -> tuple[Tensor, float | None]:
+    """A number as a 0-d tensor in the accumulation dtype of ``like``; and its value, None where it is not to be read."""
     dtype = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
-        if isinstance(value, torch.nn.Parameter):
-            warn(f"{name} is a Parameter, so probably the logarithm of the scale: pass {name}.exp()", once=True)
         if value.numel() != 1:
             raise ValueError(f"{name} must be a float or a tensor of shape () or (1,), got shape {shape(value)}")
         if not value.is_floating_point():
@@ -120,12 +137,11 @@ def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | N
         tensor = torch.full((), float(value), dtype=dtype, device=like.device)
     else:
         raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
-    if values_are_checked(like, check_values, tensor):
-        if not math.isfinite(number := float(tensor.detach())):
-            raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {number}")
-        if number <= 0:
-            warn(f"{name} is not positive, so probably the logarithm of the scale: pass {name}.exp()", once=True)
-    return tensor
+    if not values_are_checked(like, check_values, tensor):
+        return tensor, None
+    if not math.isfinite(number := float(tensor.detach())):
+        raise ValueError(f"{name} must be finite{what}, got {number}")
+    return tensor, number
 
 
 def temperature(name: str, value: float) -> float:

@@ -64,10 +64,18 @@ def plain_arithmetic() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(without_autocast())
+        stack.enter_context(full_precision())
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast is off in here, for every type of device."""
+    with ExitStack() as stack:
         for kind in ("cpu", "cuda", "mps", "xpu"):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(full_precision())
         yield
 
 

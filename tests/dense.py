@@ -153,3 +153,9 @@ def mixture_cross_entropy(h, P, labels, s, weights=None, M=None, valid=None, ign
     logits = s * h @ P.double().T if valid is None else (s * h @ P.double().T).masked_fill(~valid, -torch.inf)
     positive = s * (h[:, None] * targets.double()[a]).sum(2)
     return (w * (logits.logsumexp(1, keepdim=True) - positive)).sum() / counts.sum()
+
+
+def sigmoid_pair_loss(x, y, s, b):
+    """-1/B sum_ij log sigmoid(z_ij (s x_i.y_j + b)), z = 1 on the diagonal, -1 elsewhere"""
+    z = 2 * torch.eye(len(x), dtype=torch.float64) - 1
+    return -torch.nn.functional.logsigmoid(z * (s * x.double() @ y.double().T + b)).sum() / len(x)

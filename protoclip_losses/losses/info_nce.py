@@ -143,9 +143,9 @@ def num_rows(x: Any) -> int:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else 0
 
 
-def collective_signature(*features: Tensor, scale: Any) -> dict[str, object]:
+def collective_signature(*features: Tensor, scale: Any, bias: Any = None) -> dict[str, object]:
     """What must be equal on all ranks to gather features and their gradients."""
-    wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale))
+    wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*features, scale, bias))
     return {
         "width": [x.shape[1] for x in features],
         "dtype": [x.dtype for x in features],

@@ -1,4 +1,4 @@
-"""The whole objective: InfoNCE plus a sum over prototype terms."""
+"""The whole objective: a pair loss plus a sum over prototype terms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,19 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import is_transformed
 from ..distributed import Group
-from ..functional.info_nce import check_ids, check_pairs
 from ..kernels.autograd import keep_all_in_graph
 from ..prototypes.source import BatchFeatures, teachers_by_name
-from .info_nce import collective_signature, info_nce_share, num_rows, own_gradients
+from .info_nce import collective_signature, num_rows, own_gradients
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
 from .module import untraced_if
+from .pair_term import check_pair_term, pair_share
 from .prototype_module import PrototypeModule
 from .relational_distillation import check_distillation, distillation_share
-from .settings import ObjectiveSettings, block_limit
+from .settings import ObjectiveSettings
 
 
 class ProtoLoss(PrototypeModule):
-    r"""The ProtoCLIP objective: InfoNCE and a sum over prototype terms.
+    r"""The ProtoCLIP objective: InfoNCE, or SigLIP's sigmoid loss, and a sum over prototype terms.
 
     **Use it when:** you train a CLIP and want all of it in one module.
     **Not when:** you need one part alone (:class:`InfoNCE`, :class:`PrototypeLoss`), or want to learn prototypes
@@ -39,7 +39,7 @@ class ProtoLoss(PrototypeModule):
     averaging so are the gradients, also for unequal batches and ignored labels.
 
     Args:
-        w_clip: weight of InfoNCE.
+        w_clip: weight of the pair loss.
         w_proto: weight of the internal prototype terms.
         w_external: weight of external teachers: one for all, or a mapping with a weight for each by name.
         w_distill: weight of relational distillation of the teachers whose ``teacher_features`` are passed, in warm-up too: the
@@ -56,6 +56,7 @@ class ProtoLoss(PrototypeModule):
         equal_batch_sizes: a promise that saves the exchange of each step, see :class:`InfoNCE`. Settings and prototypes are
             compared in the first call, and in the first after :meth:`set_prototypes`, which all ranks must call together.
         gather_with_grad: of InfoNCE, see :class:`InfoNCE`; prototype terms are exact in either case.
+        pair_loss: ``"info_nce"``, or ``"sigmoid"`` for models with a logit bias, see :class:`SigmoidPairLoss`.
         chunk_size: rows worked on at a time; any value gives the same answer.
         memory_budget: bytes that the logits worked on may take, in place of ``chunk_size``; any value gives the same answer.
         check_values: read values to check them each step. None means on CPU in eager mode only; ``True`` forces it.
@@ -96,6 +97,7 @@ class ProtoLoss(PrototypeModule):
         process_group: Group | bool | None = None,
         equal_batch_sizes: bool = False,
         gather_with_grad: bool = True,
+        pair_loss: str = "info_nce",
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         check_values: bool | None = None,
@@ -116,6 +118,7 @@ class ProtoLoss(PrototypeModule):
             chunk_size,
             memory_budget,
             check_values,
+            pair_loss,
         )
         super().__init__(settings, process_group)
 
@@ -143,8 +146,8 @@ class ProtoLoss(PrototypeModule):
 
         Args:
             image_features, text_features: (B, d) this rank's rows, L2-normalised.
-            logit_scale: of InfoNCE, already exponentiated: a float, () or (1,).
-            logit_bias: accepted, and given an exact zero gradient: a softmax does not depend on it.
+            logit_scale: of the pair loss, already exponentiated: a float, () or (1,).
+            logit_bias: of ``pair_loss="sigmoid"``. InfoNCE accepts it too, and gives it an exact zero gradient.
             image_features_projected, text_features_projected: (B, D) the heads' outputs, L2-normalised; default the plain ones.
             logit_scale_proto: scale of the prototype terms; default ``logit_scale``.
             index: (B,) int64 sample indices, needed while an episode's prototypes are set; None in online mode.
@@ -169,9 +172,12 @@ class ProtoLoss(PrototypeModule):
         batch = BatchFeatures({"image": image, "text": text, **features}, teachers_by_name(teacher_features))
         terms, first = self._begin(batch)
 
-        def prepare() -> "tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]":  # torch 2.4 cannot trace the type itself
-            scale = self._check(image_features, text_features, logit_scale, batch, index)
-            check_ids(ids, self.settings.repeats, image_features)
+        def prepare() -> "tuple[tuple[Tensor, Tensor | None], dict[str, Tensor], dict[str, Tensor]]":  # torch 2.4 traces no types
+            self._check_set()
+            pair_scales = check_pair_term(self.settings, image_features, text_features, logit_scale, logit_bias, ids)
+            batch.check(image_features)
+            if index is not None:
+                check.integers("index", index, length=image_features.shape[0], of=" as image_features has rows")
             source, check_values = self._prototypes, self.settings.check_values
             if self.settings.w_distill:
                 check_distillation(batch, proto_scale, self.settings)
@@ -182,14 +188,14 @@ class ProtoLoss(PrototypeModule):
                 labels = {} if source is None else source.labels(own, index, check_values=check_values)
             else:
                 labels = dict(first.labels)
-            return scale, terms.check(batch, proto_scale), labels
+            return pair_scales, terms.check(batch, proto_scale), labels
 
         exchanges_gradients = self.settings.w_distill or self.settings.repeats == "share"
-        (scale, scales, labels), ranks = self._validate_rows(
+        (pair_scales, scales, labels), ranks = self._validate_rows(
             prepare,
             num_rows(image_features),
             signature=lambda: {
-                **collective_signature(image_features, text_features, scale=logit_scale),
+                **collective_signature(image_features, text_features, scale=logit_scale, bias=logit_bias),
                 "features": [(name, x.shape[1:]) for name, x in batch.by_name.items()],
                 "settings": self.settings.signature,
                 "ids": ids is not None,
@@ -206,11 +212,11 @@ class ProtoLoss(PrototypeModule):
             warn_of_lengths(image_features=image_features, text_features=text_features, **projected)
             warn_of_one_projection(image_features_projected, text_features_projected)
         # A zero each: torch.compile traces no function of one tensor given twice.
-        parts = {name: scale.detach().new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
+        zero = pair_scales[0].detach()
+        parts = {name: zero.new_zeros(()) for name in ("contrastive_loss", "proto_loss", "proto_external_loss")}
         metrics: dict[str, Tensor] = {}
         if self.settings.w_clip:
-            own_settings = block_limit(self.settings), self.settings.gather_with_grad, ids, self.settings.repeats
-            share, metrics = info_nce_share(image_features, text_features, scale, ranks, *own_settings)
+            share, metrics = pair_share(self.settings, image_features, text_features, *pair_scales, ids, ranks)
             parts["contrastive_loss"] = self.settings.w_clip * share
         if self.settings.w_distill:
             parts["distillation_loss"] = self.settings.w_distill * distillation_share(batch, proto_scale, self.settings, ranks)
@@ -223,21 +229,13 @@ class ProtoLoss(PrototypeModule):
         total = parts["contrastive_loss"] + parts["proto_loss"] + parts["proto_external_loss"]
         return total + parts["distillation_loss"] if "distillation_loss" in parts else total
 
-    def _check(
-        self, image: Tensor, text: Tensor, logit_scale: Tensor | float, batch: BatchFeatures, index: Tensor | None
-    ) -> Tensor:
-        """Check the inputs; return InfoNCE's scale as a () tensor."""
+    def _check_set(self) -> None:
         if not self._is_set:
             raise RuntimeError(
-                "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) for InfoNCE only"
+                "prototypes are not set: call set_prototypes(clusterer.build(bank)), or set_prototypes(None) to have none"
             )
         if is_transformed() and not self.needs_episodes:
             raise NotImplementedError(
                 "online prototypes take each batch in, which no function that torch.func transforms may do: call backward(), or "
                 "set the prototypes of an episode"
             )
-        scale = check_pairs(image, text, logit_scale, self.settings.check_values if self.settings.w_clip else False)
-        batch.check(image)
-        if index is not None:
-            check.integers("index", index, length=image.shape[0], of=" as image_features has rows")
-        return scale

@@ -57,7 +57,7 @@ class PrototypeModule(LossModule):
         return self._prototypes is None or self._prototypes.needs_episodes
 
     def set_prototypes(self, prototypes: PrototypeSource | None) -> None:
-        """Use these from now on; None means InfoNCE only, on purpose (warm-up, LiT). Each M is built once, here.
+        """Use these from now on; None means the pair loss only, on purpose (warm-up, LiT). Each M is built once, here.
 
         Args:
             prototypes: :class:`Prototypes` of an episode, :class:`OnlinePrototypes`, or another :class:`PrototypeSource`.

@@ -31,6 +31,7 @@ class ObjectiveSettings:
     chunk_size: int | None
     memory_budget: int | None
     check_values: bool | None
+    pair_loss: str = "info_nce"
 
     def __post_init__(self) -> None:
         external = self.w_external
@@ -43,8 +44,17 @@ class ObjectiveSettings:
         BlockLimit(self.chunk_size, self.memory_budget)
         check.temperature("distill_temperature", self.distill_temperature)
         check_repeats(self.repeats)
+        self._check_pair_loss()
         for name in ("target_temperature", "external_target_temperature"):
             object.__setattr__(self, name, check.optional_temperature(name, getattr(self, name)))
+
+    def _check_pair_loss(self) -> None:
+        if self.pair_loss not in ("info_nce", "sigmoid"):
+            raise ValueError(f"pair_loss must be 'info_nce' or 'sigmoid', got {self.pair_loss!r}")
+        if self.pair_loss == "sigmoid" and self.repeats is not None:
+            raise ValueError(f"repeats must be None with pair_loss='sigmoid', they are InfoNCE's, got {self.repeats!r}")
+        if self.pair_loss == "sigmoid" and not self.gather_with_grad:
+            raise ValueError("gather_with_grad must be True with pair_loss='sigmoid', which is always exact, got False")
 
     @cached_property
     def signature(self) -> str:

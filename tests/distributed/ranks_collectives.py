@@ -13,7 +13,7 @@ from rank_cases import rank_case
 from ranks import SHARES, everyone, own_rows
 from reads import seen
 
-from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, RelationalDistillation, _collectives, _dtypes
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, RelationalDistillation, SigmoidPairLoss, _collectives, _dtypes
 
 # Sizes and verdicts: numbers on the CPU, where the group has it. So are the numbers of the queue's rows, on every device.
 EXCHANGE, READ, QUEUE = ("_collectives", "all_gather"), ("distributed", "_exchanged"), ("queue", "due")
@@ -54,6 +54,7 @@ def calls(rank, equal):
     return {
         "InfoNCE": (3, 0, partial(InfoNCE(**promise), features(rank), features(rank + 4), scale)),
         "repeats": (3, 0, partial(repeated, features(rank), features(rank + 4), scale, ids=torch.arange(6) % 4)),
+        "sigmoid": (2, 0, partial(SigmoidPairLoss(**promise), features(rank), features(rank + 4), scale, -2.0)),
         "distillation": (1, 1, partial(distillation, features(rank), unit(6, 7, 9 + rank, torch.float32), scale)),
         "ProtoLoss": (4, 0, proto_loss(rank, **promise)),
         "with all there is": (6, 2, proto_loss(rank, w_distill=1.0, repeats="share", **promise)),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import episode, unit
 
-from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, PrototypeLoss, RelationalDistillation
-from protoclip_losses.functional import info_nce, prototype_cross_entropy, relational_distillation
+from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, PrototypeLoss, RelationalDistillation, SigmoidPairLoss
+from protoclip_losses.functional import info_nce, prototype_cross_entropy, relational_distillation, sigmoid_pair_loss
 from protoclip_losses.kernels import sizes
 from protoclip_losses.prototypes import BatchFeatures
 
@@ -75,6 +75,11 @@ PAIRS = {
     "shared repeats": (90, lambda t: info_nce(h(t), h(t), scale(), ids=fake.labels(B), repeats="share")),
     "rows": (60, lambda t: info_nce(h(t), h(t), scale(), reduction="none")),
     "InfoNCE": (65, lambda t: InfoNCE()(h(t), h(t), scale(), output_dict=True)),
+    "sigmoid": (60, lambda t: sigmoid_pair_loss(h(t), h(t), scale(), scale(), chunk_size=B)),
+    "sigmoid, dense": (60, lambda t: sigmoid_pair_loss(h(t), h(t), scale(), scale())),
+    "sigmoid, evaluation": (40, lambda t: sigmoid_pair_loss(h(t).detach(), h(t).detach(), 9.0, -9.0, chunk_size=B)),
+    "sigmoid rows": (60, lambda t: sigmoid_pair_loss(h(t), h(t), scale(), scale(), reduction="none")),
+    "SigmoidPairLoss": (65, lambda t: SigmoidPairLoss(chunk_size=B)(h(t), h(t), scale(), scale(), output_dict=True)),
     "relational_distillation": (70, lambda t: relational_distillation(h(t), fake.rows(B, 9, leaf=False), scale(), 0.1)),
     "distilled rows": (70, lambda t: relational_distillation(h(t), fake.rows(B, 9, leaf=False), scale(), 0.1, reduction="none")),
     "RelationalDistillation": (70, lambda t: RelationalDistillation()(h(t), fake.rows(B, 9, leaf=False), scale())),
@@ -169,6 +174,7 @@ def test_few_blocks_where_logits_do_not_fit():
     """In 7,136 operators once, by the blocks of a CPU."""
     x = [fake.rows(32768, 512, torch.bfloat16) for _ in range(2)]
     assert_cheap(lambda: info_nce(*x, scale()), 700)
+    assert_cheap(lambda: sigmoid_pair_loss(*x, scale(), scale()), 300)
     assert_cheap(
         lambda: prototype_cross_entropy(fake.rows(65536, D, torch.bfloat16), prototypes(rows=512), fake.labels(65536), 9.0), 60
     )

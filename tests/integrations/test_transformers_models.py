@@ -57,6 +57,10 @@ def test_features_are_those_of_the_model(pairs, name):
     torch.testing.assert_close(features["image_features"], plain.image_embeds)
     torch.testing.assert_close(features["text_features"], plain.text_embeds)
     assert ("logit_bias" in features) == ("Siglip" in name)
+    if "Siglip" in name:
+        sigmoid = ProtoLoss(pair_loss="sigmoid")
+        sigmoid.set_prototypes(None)
+        torch.testing.assert_close(sigmoid(**features), model(**batch, return_loss=True).loss)
     loss = ProtoLoss()
     loss.set_prototypes(None)
     loss(**model.train()(**batch)).backward()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import assert_near, episode, integers, leaf, unit
 
-from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss
-from protoclip_losses.functional import info_nce, prototype_cross_entropy, soft_targets
+from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss, SigmoidPairLoss
+from protoclip_losses.functional import info_nce, prototype_cross_entropy, sigmoid_pair_loss, soft_targets
 
 H, TEXT = unit(11, 5, 0, torch.float32), unit(11, 5, 1, torch.float32)
 P, C, A = unit(7, 5, 2, torch.float32), unit(7, 4, 3, torch.float32), integers(7, 11)
@@ -27,15 +27,22 @@ def proto_loss(prototypes=EPISODE, **settings):
 # name: a function that makes a function of (features, scale); modules are made outside what is compiled
 CALLS = {
     "info_nce": lambda: lambda h, s: info_nce(h, TEXT, s),
+    "sigmoid": lambda: lambda h, s: sigmoid_pair_loss(h, TEXT, s, s - 13, chunk_size=4),
+    "sigmoid, dense": lambda: lambda h, s: sigmoid_pair_loss(h, TEXT, s, -3.0),
+    "sigmoid rows": lambda: lambda h, s: sigmoid_pair_loss(h, TEXT, s, s - 13, reduction="none").square().sum(),
     "hard term": lambda: lambda h, s: prototype_cross_entropy(h, P, A, s),
     "soft term, mask, ignored row": lambda: lambda h, s: prototype_cross_entropy(h, P, LABELS, s, targets=M, valid=VALID),
     "learned prototypes": lambda: lambda h, s: prototype_cross_entropy(H, h[:7], A, s, targets=h[:7] * 2),
     "InfoNCE": lambda: (lambda loss: lambda h, s: loss(h, TEXT, s, logit_bias=s))(InfoNCE()),
+    "SigmoidPairLoss": lambda: (lambda loss: lambda h, s: loss(h, TEXT, s, s - 13))(SigmoidPairLoss(memory_budget=300)),
     "PrototypeLoss": lambda: (lambda loss: lambda h, s: loss(h, P, C, A, s))(PrototypeLoss(0.3)),
     "PrototypeLoss, hard": lambda: (lambda loss: lambda h, s: loss(h, P, C, A, s))(PrototypeLoss(None)),
     "ProtoLoss": lambda: (lambda loss: lambda h, s: loss(h, TEXT, s, index=INDEX))(proto_loss()),
     "ProtoLoss, parts": lambda: (lambda loss: lambda h, s: sum(loss(h, TEXT, s, index=INDEX, output_dict=True).values()))(
         proto_loss(w_clip=0.5)
+    ),
+    "ProtoLoss, sigmoid": lambda: (lambda loss: lambda h, s: loss(h, TEXT, s, s - 13, index=INDEX))(
+        proto_loss(pair_loss="sigmoid", chunk_size=4)
     ),
     "ProtoLoss, absent terms": lambda: (lambda loss: lambda h, s: loss(h, TEXT, 2.0, s, features={"audio": h}))(proto_loss(None)),
 }
@@ -72,7 +79,7 @@ def test_inductor():
 
 
 def everything():
-    functions = [CALLS[name]() for name in ("info_nce", "hard term", "InfoNCE", "PrototypeLoss", "ProtoLoss")]
+    functions = [CALLS[name]() for name in ("info_nce", "sigmoid", "hard term", "InfoNCE", "PrototypeLoss", "ProtoLoss")]
     return lambda h, s: sum(function(h, s) for function in functions)
 
 

@@ -7,7 +7,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from protoclip_losses import InfoNCE, OnlinePrototypes, ProtoLoss, PrototypeLoss, RelationalDistillation
-from protoclip_losses.functional import info_nce, prototype_cross_entropy, relational_distillation, soft_targets
+from protoclip_losses.functional import (
+    info_nce,
+    prototype_cross_entropy,
+    relational_distillation,
+    sigmoid_pair_loss,
+    soft_targets,
+)
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -26,6 +32,8 @@ def proto_loss(**settings):
 CALLS = {
     "info_nce": lambda h, s: info_nce(h, TEXT, s),
     "info_nce rows": lambda h, s: info_nce(h, TEXT, s, reduction="none").square().sum(),
+    "sigmoid": lambda h, s: sigmoid_pair_loss(h, TEXT, s, s - 12, chunk_size=4),
+    "sigmoid rows": lambda h, s: sigmoid_pair_loss(h, TEXT, s, s - 12, reduction="none").square().sum(),
     "hard term": lambda h, s: prototype_cross_entropy(h, P, A, s),
     "soft term": lambda h, s: prototype_cross_entropy(h, P, A, s, targets=M),
     "term rows": lambda h, s: prototype_cross_entropy(h, P, A, s, targets=M, reduction="none").square().sum(),
@@ -49,7 +57,7 @@ def test_gradients(name):
     assert_near(jacrev(CALLS[name])(H, S), autograd(CALLS[name], H, S)[0])
 
 
-@pytest.mark.parametrize("name", ["info_nce", "hard term", "soft term", "distillation"])
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid", "hard term", "soft term", "distillation"])
 def test_a_batch_of_calls_at_once(name):
     batch = torch.stack([unit(11, 5, seed) for seed in (4, 5, 6)])
     scales = torch.tensor([3.0, 9.0, 20.0], dtype=torch.float64)
@@ -120,7 +128,7 @@ def dual(f):
         return forward_ad.unpack_dual(f(forward_ad.make_dual(H, TEXT), S)).tangent
 
 
-@pytest.mark.parametrize("name", ["info_nce", "hard term", "soft term", "InfoNCE", "ProtoLoss"])
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid", "hard term", "soft term", "InfoNCE", "ProtoLoss"])
 def test_what_is_not_there_is_said(name, form):
     """Second derivatives and the forward mode: the dense form of a term has them, a kernel says what to use."""
     if form == "dense" and "term" in name:
