@@ -1,7 +1,7 @@
 """A device that is not there: its tensors are computed on the CPU, under autograd, by an accelerator's rules.
 
-Devices must not be mixed, NumPy gets no memory, and what a GPU would wait for is counted. It is torch's device type for backends
-of others ("privateuseone"), named "pretended": operators that no accelerator has run all the same, and each is as exact as on a CPU.
+Devices must not be mixed, NumPy gets no memory, and what a GPU would wait for is counted. It is torch's device type for other
+backends ("privateuseone"), named "pretended": operators that no accelerator has run all the same, each as exact as on a CPU.
 """
 
 from collections import Counter
@@ -188,17 +188,15 @@ def _run(function, args, kwargs):
 
 
 def _count(name, args, kwargs, from_device, to_device):
-    if name in WAITS:
+    indices = [x for x in args[1] if isinstance(x, torch.Tensor)] if name in INDEXING else []
+    if name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         seen[name] += 1
-    elif name == "repeat_interleave" and kwargs.get("output_size") is None:
-        seen[name] += 1
-    elif name in INDEXING and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1]):
+    elif any(x.dtype == torch.bool for x in indices):
         seen["a mask as index"] += 1
-    elif name in INDEXING and any(isinstance(x, torch.Tensor) and not isinstance(x, PretendTensor) for x in args[1]):
+    elif any(not isinstance(x, PretendTensor) for x in indices):
         seen["an index on the CPU"] += 1
-    elif name == "_to_copy" and from_device != to_device and not kwargs.get("non_blocking"):
-        seen["a copy"] += 1
-    elif (
-        name == "copy_" and isinstance(args[0], PretendTensor) != isinstance(args[1], PretendTensor) and not (args[2:] or kwargs)
-    ):
-        seen["a copy"] += 1
+    elif name == "_to_copy":
+        seen["a copy"] += from_device != to_device and not kwargs.get("non_blocking")
+    elif name == "copy_":
+        target, source, *non_blocking = args
+        seen["a copy"] += isinstance(target, PretendTensor) != isinstance(source, PretendTensor) and not (non_blocking or kwargs)
