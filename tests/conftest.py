@@ -2,6 +2,16 @@
 
 import pytest
 from cases import set_sizes
+from on_device import (  # noqa: F401
+    device,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_generate_tests,
+    pytest_make_collect_report,
+    pytest_runtest_protocol,
+    pytest_terminal_summary,
+)
 from rank_cases import pytest_pycollect_makemodule  # noqa: F401
 
 from protoclip_losses import _dtypes

@@ -5,6 +5,7 @@
     python -m benchmarks.speed.clustering --cases mixture/200000/20000/128 --repeats 1 --peer-redo 1
     python -m benchmarks.speed.clustering --memory            # peak memory at N = 1,000,000 and K = 5,000
     python -m benchmarks.speed.clustering --ranks 1 2         # distributed over processes of one thread each
+    python -m benchmarks.speed.clustering --device cuda       # rows on a GPU, with flash-kmeans if installed; a report to paste
     python -m benchmarks.speed.clustering --csv out.csv
 
 The reference is ``faiss.Kmeans(niter=20, nredo=3)`` on all rows, with labels from a search of its index. Round r runs all engines
@@ -29,8 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+import protoclip_losses
 from protoclip_losses import EpisodicClusterer
 
+from . import gpu
 from .measure import in_new_process, machine, peak_extra_bytes, ratio
 
 Fit = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]  # features, K, seed: centroids and labels
@@ -54,9 +57,9 @@ def features_of(case: str) -> tuple[Tensor, int]:
     return F.normalize(centers[groups] + 0.05 * noise, dim=1), columns
 
 
-def ours(backend: str) -> Fit:
+def ours(backend: str, device: str | None = None) -> Fit:
     def fit(features: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-        clusters = EpisodicClusterer(columns, backend=backend, seed=seed).fit(features)
+        clusters = EpisodicClusterer(columns, backend=backend, seed=seed, device=device).fit(features)
         return clusters.centroids, clusters.labels
 
     return fit
@@ -64,7 +67,7 @@ def ours(backend: str) -> Fit:
 
 def peer(nredo: int) -> Fit:
     def fit(features: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-        points = features.numpy()
+        points = features.cpu().numpy()
         settings = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}
         engine = faiss.Kmeans(points.shape[1], columns, niter=20, nredo=nredo, seed=seed, **settings)
         engine.train(points)
@@ -74,10 +77,18 @@ def peer(nredo: int) -> Fit:
     return fit
 
 
+def flash_kmeans(features: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    from flash_kmeans import batch_kmeans_Euclid
+
+    torch.manual_seed(seed)
+    labels, centroids, *_ = batch_kmeans_Euclid(features[None], n_clusters=columns, max_iters=20, tol=0.0)
+    return centroids[0], labels[0].long()
+
+
 def superkmeans(features: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     from superkmeans import SuperKMeans
 
-    points = features.numpy()
+    points = features.cpu().numpy()
     settings = {"hierarchical": False, "sampling_fraction": 1.0, "iters": 20, "n_threads": torch.get_num_threads()}
     engine = SuperKMeans(columns, points.shape[1], seed=seed, **settings)
     centroids = engine.train(points)
@@ -85,9 +96,11 @@ def superkmeans(features: Tensor, columns: int, seed: int) -> tuple[Tensor, Tens
     return torch.from_numpy(np.array(centroids)), torch.from_numpy(labels.astype(np.int64))
 
 
-def calls_of(peer_redo: int) -> dict[str, Fit]:
+def calls_of(peer_redo: int, device: str) -> dict[str, Fit]:
     """The engines that are compared, by name."""
     calls = {"torch": ours("torch"), "faiss": ours("faiss"), f"faiss itself, nredo={peer_redo}": peer(peer_redo)}
+    if device == "cuda":
+        calls |= {"faiss on the GPU": ours("faiss", device), "flash-kmeans": flash_kmeans}
     try:
         import superkmeans as _  # noqa: F401
 
@@ -97,6 +110,7 @@ def calls_of(peer_redo: int) -> dict[str, Fit]:
 
 
 def objective(features: Tensor, centroids: Tensor, labels: Tensor) -> float:
+    centroids, labels = centroids.to(features.device), labels.to(features.device)
     return float((features.double() - centroids[labels].double()).square().sum())
 
 
@@ -148,6 +162,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="number of rounds, each with its own seed")
     parser.add_argument("--engines", nargs="*", help="some of torch, faiss and superkmeans; default: all that are installed")
     parser.add_argument("--peer-redo", type=int, default=3, help="nredo of faiss's own Kmeans; its time is proportional to it")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the rows are")
     parser.add_argument("--csv", help="also write the time and the objective of every fit to this file")
     parser.add_argument("--memory", action="store_true", help="measure only memory")
     parser.add_argument("--ranks", nargs="*", type=int, help="measure only the time with these numbers of processes")
@@ -156,8 +171,9 @@ def main() -> None:
     if args.memory_of:
         print(json.dumps({"bytes": memory_of(args.memory_of)}))
         return
+    gpu.require(args.device)
     faiss.omp_set_num_threads(torch.get_num_threads())
-    print(machine("cpu") + f", faiss {faiss.__version__}")
+    print(machine(args.device) + f", faiss {faiss.__version__}")
     if args.ranks:
         for case in args.cases:
             over_ranks(case, args.ranks)
@@ -168,23 +184,31 @@ def main() -> None:
             extra = in_new_process("benchmarks.speed.clustering", "--memory-of", case)["bytes"]
             print(f"| {case} | {32 * (4 if '32' in case else 2)} | {extra / 1e6:.0f} |", flush=True)
         return
-    print(
-        "| case | engine | seconds to labels [min, max] | peer / it | objective | above the peer's |\n|---|---|---|---|---|---|"
-    )
-    rows = []
+    header = ["case", "engine", "seconds to labels [min, max]", "peer / it", "objective", "above the peer's"]
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    rows: list[list[object]] = []
+    lines: list[list[str]] = []
+    notes = gpu.missing(["flash_kmeans"]) if args.device == "cuda" else []
     for case in args.cases:
         features, columns = features_of(case)
-        calls = {
-            n: f for n, f in calls_of(args.peer_redo).items() if not args.engines or n.split()[0] in args.engines or "nredo" in n
-        }
+        features = features.to(args.device)
+        wanted = args.engines
+        calls = calls_of(args.peer_redo, args.device)
+        calls = {n: f for n, f in calls.items() if not wanted or n.split()[0] in wanted or "nredo" in n}
+        if args.device == "cuda":  # a warm-up, too
+            calls, failed = gpu.that_run(calls, features[:2000], 200, 0)
+            notes += failed
+        else:
+            for fit in calls.values():
+                fit(features[:2000], 200, 0)  # warm-up, not counted
         times: dict[str, list[float]] = {name: [] for name in calls}
         objectives: dict[str, list[float]] = {name: [] for name in calls}
-        for fit in calls.values():
-            fit(features[:2000], 200, 0)  # warm-up, not counted
         for seed in range(args.repeats):
             for name, fit in calls.items():
                 start = time.perf_counter()
                 centroids, labels = fit(features, columns, seed)
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - start)
                 objectives[name].append(objective(features, centroids, labels))
                 rows.append([case, name, seed, f"{times[name][-1]:.3f}", f"{objectives[name][-1]:.2f}"])
@@ -193,7 +217,10 @@ def main() -> None:
             mean, reference = statistics.mean(objectives[name]), statistics.mean(objectives[peers])
             spread = f"{statistics.median(times[name]):.2f} [{min(times[name]):.2f}, {max(times[name]):.2f}]"
             above = f"{100 * (mean / reference - 1):+.2f}%"
-            print(f"| {case} | {name} | {spread} | {ratio(times, peers, name)} | {mean:.1f} | {above} |", flush=True)
+            lines.append([case, name, spread, ratio(times, peers, name), f"{mean:.1f}", above])
+            print(f"| {' | '.join(lines[-1])} |", flush=True)
+    if args.device == "cuda":
+        print(gpu.report("benchmarks.speed.clustering --device cuda", protoclip_losses.__version__, header, lines, notes))
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             csv.writer(file).writerows([["case", "engine", "seed", "seconds", "objective"], *rows])

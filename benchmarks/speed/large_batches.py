@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from protoclip_losses import GradCache, InfoNCE, SigmoidPairLoss
 
 from .cases import installed
-from .measure import Call, csv_table, free_bytes, in_new_process, machine, peak_extra_bytes, synchronize
+from .measure import Call, csv_table, free_bytes, in_new_process, machine, peak_extra_bytes
 
 WIDTH = 512
 BATCHES = (8192, 32768)
@@ -112,7 +112,6 @@ def measured(kind: str, batch: int, call: str, device: str) -> dict[str, float]:
     function = CASES[kind](batch, device)[call]
     start = time.perf_counter()
     peak = peak_extra_bytes(function, device)
-    synchronize(device)
     return {"bytes": peak, "seconds": time.perf_counter() - start}
 
 

@@ -15,12 +15,9 @@ from pathlib import Path
 
 import torch
 
+from .gpu import describe
+
 Call = Callable[[], object]
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu", warm: bool = True) -> dict[str, list[float]]:
@@ -28,13 +25,25 @@ def interleaved(calls: Mapping[str, Call], *, repeats: int, device: str = "cpu",
     times: dict[str, list[float]] = {name: [] for name in calls}
     for counted in [False] * warm + [True] * repeats:
         for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
+            took = milliseconds(call, device)
             if counted:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(took)
     return times
+
+
+def milliseconds(call: Call, device: str = "cpu") -> float:
+    """The time of one call, on a GPU that of its work there, launches included."""
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def ratio(times: Mapping[str, list[float]], a: str, b: str) -> str:
@@ -92,7 +101,7 @@ def in_new_process(module: str, *arguments: str) -> dict[str, float]:
 def machine(device: str) -> str:
     """The hardware and the versions, as one line for the title of a table."""
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        return describe()
     model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from .._dtypes import plain_arithmetic, sum_dtype
-from ..kernels.sizes import rows_per_block
+from ..kernels.sizes import COPIES, rows_per_block, rows_per_comparison, rows_per_copy
 from .origin import LARGEST_LENGTH, SMALLEST_LENGTH, centroid_origin
 
-BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
-COPIES = 4  # of a block's rows that are held with their scores
-COMPARED_CENTROIDS, COMPARED_ROWS = 6, 256  # whose distances are compared at a time, where scores are not enough
+COMPARED_CENTROIDS = 6  # whose distances are compared where scores are not enough
 GROUPS = 64  # a maximum of values is ten times faster than one with its position; it narrows the search to one group
 
 
@@ -35,13 +33,10 @@ def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None, *, sp
     """
     centroids = centroids.to(device=points.device, dtype=torch.float32)
     labels = nearest(points, centroids, 1, known, spherical=spherical)[:, 0]
-    return labels, torch.cat(
-        [
-            # From the difference itself: expanding the square loses all digits of a small distance.
-            squared_distances(points[start : start + BLOCK_ROWS], centroids[labels[start : start + BLOCK_ROWS]])
-            for start in range(0, max(1, len(points)), BLOCK_ROWS)
-        ]
-    )
+    rows = rows_per_copy(points.shape[1], points.device)
+    # From the difference itself: expanding the square loses all digits of a small distance.
+    parts = zip(points.split(rows), labels.split(rows), strict=True)
+    return labels, torch.cat([squared_distances(part, centroids[own]) for part, own in parts])
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -96,7 +91,7 @@ def nearest_without_waiting(points: Tensor, centroids: Tensor) -> Tensor:
     centroids = centroids.to(device=points.device, dtype=torch.float32)
     origin, wide, count = centroids.mean(0), sum_dtype(points.device), 1 + COMPARED_CENTROIDS
     scores = Scores(centroids - origin)
-    rows = min(scores.step, rows_per_block(count * points.shape[1], wide, points.device, copies=COPIES))
+    rows = min(scores.step, rows_per_comparison(count, points.shape[1], points.device))
     labels = []
     for x in torch.split(points, rows):
         ids = scores.shortlist(x.float() - origin, count)[1]
@@ -133,7 +128,8 @@ class _Search:
     def by_distances(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Those at the smallest distances, in float64, among a few with the highest scores."""
         uncertain, wide, count = [rows[:0]], sum_dtype(rows.device), labels.shape[1]
-        for part in torch.split(rows, COMPARED_ROWS) if len(rows) else ():
+        step = rows_per_comparison(count + COMPARED_CENTROIDS, self.points.shape[1], rows.device)
+        for part in torch.split(rows, min(step, self.scores.step)) if len(rows) else ():
             x = self._rows(part, wide)
             block = (x - self.origin).to(self.dtype)
             lowest, ids = self.scores.shortlist(block, count + COMPARED_CENTROIDS)

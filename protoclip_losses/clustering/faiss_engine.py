@@ -92,9 +92,15 @@ def _gpu(faiss: Any, device: torch.device) -> int | None:
             f"device={str(device)!r} asks faiss for a GPU but the installed faiss {faiss.__version__} has no GPU support: "
             "pip uninstall faiss-cpu && pip install faiss-gpu-cu12 (they install the same module), or use backend='torch'"
         )
+    count = faiss.get_num_gpus()
+    if count == 0:
+        raise RuntimeError(
+            f"device={str(device)!r} asks faiss for a GPU but faiss {faiss.__version__}, which has GPU support, sees none: see "
+            "what nvidia-smi lists and whether CUDA_VISIBLE_DEVICES hides it, or use device='cpu'"
+        )
     number = torch.cuda.current_device() if device.index is None else device.index
-    if number >= faiss.get_num_gpus():
-        raise RuntimeError(f"device must be one of the {faiss.get_num_gpus()} GPUs that faiss sees, got {str(device)!r}")
+    if number >= count:
+        raise RuntimeError(f"device must be one of the {count} GPUs that faiss sees, got {str(device)!r}")
     return number
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._dtypes import sum_dtype
+from .._dtypes import may_read_values, sum_dtype
 from ..distributed import RankRows, rank
 from ..functional.back_translation import segment_mean, segment_sum
-from .assign import BLOCK_ROWS
+from ..kernels.sizes import rows_per_copy
 from .origin import LARGEST_LENGTH, SAMPLED_ROWS, sampled_positions
 
 LARGEST = 1e38  # differences of such values are below the largest of float32
@@ -107,7 +107,9 @@ def segment_sums_and_counts(labels: Tensor, points: Tensor, num_segments: int, o
     """
     dtype = sum_dtype(points.device)
     sums = torch.zeros((num_segments, points.shape[1] + 1), dtype=dtype, device=points.device)
-    for part in torch.split((labels >= 0).nonzero()[:, 0], BLOCK_ROWS) if num_segments else ():
+    rows = rows_per_copy(points.shape[1], points.device)
+    known = (labels >= 0).nonzero()[:, 0] if may_read_values(labels) else torch.arange(len(labels), device=labels.device)
+    for part in torch.split(known, rows) if num_segments else ():
         block = points[part].float() if origin is None else points[part].to(origin.dtype) - origin
         block = torch.nn.functional.pad(block, (0, 1), value=1.0)
         sums += segment_sum(labels[part], block.to(dtype), num_segments, check_values=False)[0]
@@ -124,7 +126,7 @@ def finite_rows(x: Tensor) -> Tensor:
     """Which rows (N,) have no NaN or Inf."""
     if x.device.type != "cpu":  # few operators; 0 times what is not finite is NaN
         return (x.detach() * 0).sum(1) == 0
-    parts = [torch.isfinite(block).all(1) for block in torch.split(x, BLOCK_ROWS)]
+    parts = [torch.isfinite(block).all(1) for block in torch.split(x, rows_per_copy(x.shape[1], x.device))]
     return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool, device=x.device)
 
 

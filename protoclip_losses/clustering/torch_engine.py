@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .._dtypes import sum_dtype
-from .assign import BLOCK_ROWS, Scores, directions, exceeds_rounding, row_lengths, squared_distances
+from ..kernels.sizes import rows_per_copy
+from .assign import Scores, directions, exceeds_rounding, row_lengths, squared_distances
 from .origin import LARGEST_LENGTH, SMALLEST_LENGTH, robust_origin
 from .points import EngineResult, KMeansConfig, ShardedPoints, segment_sums_and_counts
 
@@ -41,7 +42,7 @@ def _frame(points: ShardedPoints, num_clusters: int, spherical: bool) -> tuple[T
     """The origin of scores and the dtype that holds them, the same on all ranks: float32, unless it cannot square the values."""
     own, wide = points.points, sum_dtype(points.points.device)
     sample = points.sample(num_clusters + 1)  # no more is sent than centroids are
-    parts = torch.split(own, BLOCK_ROWS)
+    parts = torch.split(own, rows_per_copy(own.shape[1], own.device))
     lengths = torch.cat([row_lengths(part) for part in parts])
     lengths = lengths[lengths > 0]
     ends = torch.stack([lengths.amax(), -lengths.amin()]) if len(lengths) else lengths.new_tensor([0.0, -torch.inf])
@@ -90,7 +91,8 @@ class _Lloyd:
         self.origin = origin.to(dtype)
         self.squared_norms = torch.zeros(len(own), device=device, dtype=dtype)
         self.lengths = torch.ones(len(own), device=device, dtype=sum_dtype(device))  # of the points, with spherical
-        for part in torch.split(torch.arange(len(own), device=device), BLOCK_ROWS):
+        self.step = rows_per_copy(own.shape[1], device)
+        for part in torch.split(torch.arange(len(own), device=device), self.step):
             self.squared_norms[part] = self._block(part).square().sum(1)
             if spherical:
                 self.lengths[part] = row_lengths(own[part])
@@ -140,7 +142,7 @@ class _Lloyd:
         """Squared distance of what is scored from its centroid, for each point."""
         distances = (self.squared_norms - 2 * self.score).clamp(min=0)
         # Where the two are almost equal no digit is left, and the difference of the rows is taken.
-        for part in torch.split((distances < 1e-5 * self.squared_norms).nonzero()[:, 0], BLOCK_ROWS):
+        for part in torch.split((distances < 1e-5 * self.squared_norms).nonzero()[:, 0], self.step):
             own = self.centroids[self.labels[part]]
             distances[part] = squared_distances(self._block(part), own).to(distances.dtype)
         return distances
@@ -214,7 +216,7 @@ class _Lloyd:
         """Update labels, scores and bounds after the centroids ``moved`` (K,) changed."""
         own = moved[self.labels].nonzero()[:, 0]
         half_norms = self.centroids.square().sum(1) / 2
-        for part in torch.split(own, BLOCK_ROWS):
+        for part in torch.split(own, self.step):
             labels = self.labels[part]
             self.score[part] = (self._block(part) * self.centroids[labels]).sum(1) - half_norms[labels]
         below = self.score < self.bound

@@ -56,7 +56,8 @@ class FeatureBank:
         self.dim, self.dtype = check.positive_int("dim", dim), dtype
         self.features: dict[str, Tensor] = {}
         self.written = torch.zeros(len(index), dtype=torch.bool, device=self.index.device)
-        self._sorted, self._order = self.index.sort(stable=True)
+        # On the CPU, where loaders give the numbers of a batch: looked up there, they make no device wait.
+        self._sorted, self._order = (index if index.is_cpu or index.is_meta else index.cpu()).sort(stable=True)
         self._graph_seen = False
 
     @classmethod
@@ -118,6 +119,8 @@ class FeatureBank:
     def update(self, index: Tensor, image_features: Tensor, text_features: Tensor, **other_modalities: Tensor) -> None:
         """Write the rows of samples ``index`` (n,): features (n, D), L2-normalised by the caller.
 
+        With an ``index`` on the CPU nothing is read back from the device of the features and the bank.
+
         NaN and Inf are stored as they are: :class:`EpisodicClusterer` drops, counts and bounds them. Features that carry a
         graph are stored without it, with a warning: extraction belongs under ``torch.no_grad()``.
 
@@ -134,7 +137,7 @@ class FeatureBank:
             width = self.features[name].shape[1] if name in self.features else None
             width = self.dim if name in ("image", "text") else width
             check.matrix(f"{name}_features", x, rows=len(index), width=width, of=" as index and the bank have")
-        rows, updates = self._rows(index.to(self.index.device))
+        rows, updates = (x.to(self.index.device, non_blocking=True) for x in self._rows(index.to(self._sorted.device)))
         self._graph_seen = self._graph_seen or warn_of_graph(given)
         for name, x in given.items():
             if name not in self.features:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import accumulation_dtype, assert_on_device, sum_dtype
+from .._dtypes import accumulation_dtype, assert_on_device, may_read_values, sum_dtype
 from ._labels import label_range
 
 BAG_ROWS = 32  # rows that are added in float32, one after the other
@@ -76,16 +76,25 @@ def segment_sum(
         assert_on_device((labels >= -1) & (labels < num_prototypes))
     wide = torch.float64 if features.dtype == torch.float64 else sum_dtype(features.device)
     x, order = features.detach().to(accumulation_dtype(features.dtype)), labels.argsort(stable=True)
-    counts = sizes = torch.bincount(labels + 1, minlength=num_prototypes + 1)  # label 0 stands for the rows that are left out
-    while x.dtype != torch.float64 and bool((sizes > BAG_ROWS).any()):
+    counts = sizes = _counts(labels + 1, num_prototypes + 1)  # label 0 stands for the rows that are left out
+    reads, most = may_read_values(x, labels), len(x)
+    while x.dtype != torch.float64 and (bool((sizes > BAG_ROWS).any()) if reads else most > BAG_ROWS):
         x, sizes = _sums_of_bags(x, order, sizes)
-        x, order = x.to(wide), torch.arange(len(x), device=x.device)
+        x, order, most = x.to(wide), torch.arange(len(x), device=x.device), -(-most // BAG_ROWS)
     sums = torch.nn.functional.embedding_bag(order, x, sizes.cumsum(0) - sizes, mode="sum")
     return sums[1:], counts[1:]
 
 
+def _counts(labels: Tensor, num_labels: int) -> Tensor:
+    if may_read_values(labels):
+        return torch.bincount(labels, minlength=num_labels)
+    return torch.zeros(num_labels, dtype=torch.int64, device=labels.device).index_add_(0, labels, torch.ones_like(labels))
+
+
 def _sums_of_bags(x: Tensor, order: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of at most BAG_ROWS successive rows of each label, and how many such sums each label has, (K + 1,).
+
+    Where values cannot be read there are as many sums as any labels could need: those at the end are zero.
 
     Args:
         x: (n, D).
@@ -93,7 +102,10 @@ def _sums_of_bags(x: Tensor, order: Tensor, sizes: Tensor) -> tuple[Tensor, Tens
         sizes: (K + 1,), how many rows each label has.
     """
     bags = (sizes + (BAG_ROWS - 1)) // BAG_ROWS
-    label = torch.arange(len(sizes), device=x.device).repeat_interleave(bags)
-    number = torch.arange(len(label), device=x.device) - (bags.cumsum(0) - bags)[label]
-    starts = (sizes.cumsum(0) - sizes)[label] + BAG_ROWS * number
+    ends = bags.cumsum(0)
+    total = int(ends[-1]) if may_read_values(x, sizes) else len(order) // BAG_ROWS + len(sizes)
+    bag = torch.arange(total, device=x.device)
+    label = torch.searchsorted(ends, bag, right=True).clamp(max=len(sizes) - 1)
+    starts = (sizes.cumsum(0) - sizes)[label] + BAG_ROWS * (bag - (ends - bags)[label])
+    starts = torch.minimum(starts, sizes.sum())
     return torch.nn.functional.embedding_bag(order, x, starts, mode="sum"), bags

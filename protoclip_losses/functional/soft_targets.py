@@ -4,13 +4,20 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, assert_on_device
 from ..kernels.blocks import LogitBlocks
 from ..kernels.sizes import rows_per_block
 from ._labels import valid_mask
 
 
-def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: float, *, valid: Tensor | None = None) -> Tensor:
+def soft_targets(
+    teacher_centroids: Tensor,
+    prototypes: Tensor,
+    temperature: float,
+    *,
+    valid: Tensor | None = None,
+    check_values: bool | None = None,
+) -> Tensor:
     r"""Soft targets of a teacher clustering, pulled through to the student's prototypes.
 
     .. math::
@@ -25,6 +32,8 @@ def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: flo
         prototypes: (K, D).
         temperature: :math:`\tau_y` > 0. As it falls to 0 the targets become hard, ``M = P`` (for centroids of equal norm).
         valid: (K,) bool; the softmax is over valid prototypes alone.
+        check_values: read the values to check that valid rows are finite. None means on CPU in eager mode only; elsewhere a wrong
+            value raises asynchronously.
 
     Returns:
         (K, D) in float32 (float64 if either input is float64).
@@ -46,11 +55,15 @@ def soft_targets(teacher_centroids: Tensor, prototypes: Tensor, temperature: flo
     check.matrix("teacher_centroids", teacher_centroids, rows=prototypes.shape[0], of=" as prototypes")
     check.same_device("teacher_centroids", teacher_centroids, "prototypes", prototypes)
     valid_mask(valid, prototypes.shape[0])
-    if valid is not None and not bool(valid.any()):
-        raise ValueError("valid must leave at least one prototype, got none")
     check.temperature("temperature", temperature)
-    check.finite("teacher_centroids", teacher_centroids if valid is None else teacher_centroids[valid])
-    check.finite("prototypes", prototypes if valid is None else prototypes[valid])
+    if check.values_are_checked(prototypes, check_values, teacher_centroids, valid):
+        if valid is not None and not bool(valid.any()):
+            raise ValueError("valid must leave at least one prototype, got none")
+        check.finite("teacher_centroids", teacher_centroids if valid is None else teacher_centroids[valid])
+        check.finite("prototypes", prototypes if valid is None else prototypes[valid])
+    else:
+        finite = teacher_centroids.detach().isfinite().all(1) & prototypes.detach().isfinite().all(1)
+        assert_on_device(finite if valid is None else torch.cat([finite | ~valid, valid.any()[None]]))
     labels = torch.arange(prototypes.shape[0], device=prototypes.device)
     return soft_target_rows(teacher_centroids, prototypes, temperature, labels, valid, relative=False)
 

@@ -25,12 +25,16 @@ class DeviceSizes:
         memory_budget: bytes of all logits that a call holds at once, unless it is given one. InfoNCE keeps its logits between its
             two passes where they fit, and needs three products then, not four.
         dense_logits: up to which the dense expression of a prototype term is faster than its kernel.
+        copied_rows: of features, that K-means and the sums over clusters copy to another dtype at a time.
+        compared_rows: of features, whose distances from several centroids K-means compares at a time.
     """
 
     block_bytes: int
     block_rows: int
     memory_budget: int
     dense_logits: int
+    copied_rows: int
+    compared_rows: int
 
 
 # CPU, measured: too small a block pays for reading the prototypes again, too large a one falls out of the cache; the library also
@@ -38,10 +42,25 @@ class DeviceSizes:
 # Accelerators, counted: a term's kernel is some 10 operators more than its dense expression, forward and backward together, which
 # reads or writes each logit 7 times more. At 3 TB/s and 5 us a launch the two are even at some 5 million logits.
 SIZES = {
-    "cpu": DeviceSizes(block_bytes=40 * MIB, block_rows=1024, memory_budget=(512 + 2 * 40) * MIB, dense_logits=2**18),
-    "accelerator": DeviceSizes(block_bytes=UNBOUNDED, block_rows=UNBOUNDED, memory_budget=1024 * MIB, dense_logits=2**22),
+    "cpu": DeviceSizes(
+        block_bytes=40 * MIB,
+        block_rows=1024,
+        memory_budget=(512 + 2 * 40) * MIB,
+        dense_logits=2**18,
+        copied_rows=2**14,
+        compared_rows=256,
+    ),
+    "accelerator": DeviceSizes(
+        block_bytes=UNBOUNDED,
+        block_rows=UNBOUNDED,
+        memory_budget=1024 * MIB,
+        dense_logits=2**22,
+        copied_rows=UNBOUNDED,
+        compared_rows=UNBOUNDED,
+    ),
 }
 
+COPIES = 4  # of a block's rows that are held together, in up to float64
 RECOMPUTED = 3  # copies of a block's logits that autograd holds while it computes them again and goes back through them
 
 
@@ -91,6 +110,20 @@ def rows_per_block(
         return limit.chunk_size
     sizes, row = sizes_of(device), bytes_per_logit(dtype) * max(1, columns)
     return max(1, min(sizes.block_rows, sizes.block_bytes // row, limit.bytes_on(device) // (copies * row)))
+
+
+def rows_per_copy(width: int, device: torch.device) -> int:
+    """Rows of features (N, width) that are copied to another dtype at a time."""
+    return _rows_of_features(sizes_of(device).copied_rows, width, device)
+
+
+def rows_per_comparison(count: int, width: int, device: torch.device) -> int:
+    """Rows (N, width) that are compared with ``count`` centroids of their own each at a time."""
+    return _rows_of_features(sizes_of(device).compared_rows, count * width, device)
+
+
+def _rows_of_features(most: int, width: int, device: torch.device) -> int:
+    return max(1, min(most, sizes_of(device).memory_budget // (COPIES * 8 * max(1, width))))
 
 
 def can_be_dense(logits: int, dtype: torch.dtype, device: torch.device, limit: BlockLimit) -> bool:

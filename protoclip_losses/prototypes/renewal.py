@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..clustering.assign import BLOCK_ROWS
 from ..clustering.kmeans import KMeans
 from ..clustering.points import ShardedPoints, finite_rows, positions
 from ..clustering.torch_engine import exponential_keys
 from ..distributed import Group, RankRows, sum_over_ranks, world_size
+from ..kernels.sizes import rows_per_copy
 from .cluster_sums import ClusterSums
 from .queue import FeatureQueue
 from .source import Clustering, Pair, PrototypeTerm
@@ -93,7 +93,7 @@ def draw_far_samples(
     x, labels = queue.features[teacher], queue.labels[teacher]
     ranks = RankRows(group, [len(x)] * world_size(group))  # a row without a sample takes no part: no sizes to exchange
     weights = torch.zeros(len(x), device=x.device, dtype=torch.float32)
-    for part in torch.split(torch.arange(len(x), device=x.device), BLOCK_ROWS):
+    for part in torch.split(torch.arange(len(x), device=x.device), rows_per_copy(x.shape[1], x.device)):
         block, own = x[part], labels[part]
         squares = (block - centroids[own.clamp(min=0)]).square().sum(1)
         is_distinct = squares > 1e-12 * block.square().sum(1)  # less is rounding of a sample that equals its centroid

@@ -267,6 +267,17 @@ def test_a_gpu_without_gpu_faiss_says_what_to_install():
         KMeans(2, backend="faiss", device="cuda:1").fit(torch.randn(8, 2))
 
 
+def test_gpu_faiss_that_sees_no_gpu_says_where_to_look(monkeypatch):
+    """Another error than that of a faiss without GPU support, which installing another faiss would mend."""
+    if not hasattr(faiss, "StandardGpuResources"):
+        monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    elif faiss.get_num_gpus():
+        pytest.skip("faiss sees a GPU")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(RuntimeError, match=rf"device='{device}' asks faiss for a GPU but faiss .* sees none: .*nvidia-smi"):
+            KMeans(2, backend="faiss", device=device).fit(torch.randn(8, 2))
+
+
 @pytest.fixture
 def four_gpus(monkeypatch):
     """The numbers of the GPUs that faiss takes, on a machine of four.

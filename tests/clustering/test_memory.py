@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only
+
 SCRIPT = """
 import torch
 from pathlib import Path

@@ -10,6 +10,8 @@ from helpers import assert_equal
 from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, PrototypicalBackTranslation, TeacherAdapter, metrics
 from protoclip_losses.teachers import PCA
 
+pytestmark = pytest.mark.cpu_only
+
 RANDOM = np.random.default_rng(0)
 IMAGE, TEXT, TEACHER = (torch.from_numpy(RANDOM.standard_normal((400, width)).astype("float32")) for width in (24, 24, 40))
 CLASSES = torch.from_numpy(RANDOM.integers(0, 9, 400))

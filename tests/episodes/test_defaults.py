@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import assert_equal, in_new_process
 
+pytestmark = pytest.mark.cpu_only
+
 CODE = """
 import sys
 import numpy as np

@@ -8,6 +8,8 @@ from protoclip_losses import ProtoLoss, PrototypeLoss, PrototypicalBackTranslati
 from protoclip_losses.clustering.points import segment_sums_and_counts
 from protoclip_losses.functional import back_translate, prototype_cross_entropy
 
+pytestmark = pytest.mark.cpu_only
+
 H, P, A = unit(11, 5, 0), unit(7, 5, 1), integers(7, 11)
 SEVERAL = torch.stack([A, A.roll(1)], 1)
 VALID = torch.arange(7) != 6

@@ -8,6 +8,8 @@ from cases import relative_error, unit, value_and_gradients
 from protoclip_losses import _dtypes
 from protoclip_losses.functional import info_nce
 
+pytestmark = pytest.mark.cpu_only
+
 
 def gradient_errors(scale):
     """Relative errors of the loss and of each gradient, of pairs whose loss is nearly 0."""

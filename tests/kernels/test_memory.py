@@ -8,6 +8,8 @@ from cost import cost
 from protoclip_losses import InfoNCE, PrototypeLoss
 from protoclip_losses.functional import back_translate, info_nce, prototype_cross_entropy, soft_targets
 
+pytestmark = pytest.mark.cpu_only
+
 MEGABYTE = 2**20
 SMALL = 1.05  # products with a vector come on top
 

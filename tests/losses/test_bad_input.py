@@ -6,6 +6,8 @@ from cases import episode, make_term, term, unit
 
 from protoclip_losses import InfoNCE, ProtoLoss, PrototypeLoss, PrototypicalBackTranslation, functional
 
+pytestmark = pytest.mark.cpu_only
+
 T = term(batch=6, prototypes=4, width=5, teacher_width=3)
 H, P, C, A, VALID = T.h, T.P, T.C, torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([True, True, True, False])
 INTS = torch.ones(6, 5, dtype=torch.int64)

@@ -13,8 +13,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 
 
 def set_sizes(patch, **changes):
-    """Other sizes of blocks on the CPU, for as long as this patch lasts."""
-    patch.setitem(SIZES, "cpu", replace(SIZES["cpu"], **changes))
+    """Other sizes of blocks on every device, for as long as this patch lasts."""
+    for kind, sizes in SIZES.items():
+        patch.setitem(SIZES, kind, replace(sizes, **changes))
 
 
 def unit(rows, width, seed=0, dtype=torch.float64):
