@@ -11,7 +11,8 @@ from .. import _checks as check
 from ..distributed import Group, RankRows, check_process_group
 from ..kernels.autograd import constants
 from ..prototypes.extra_state import StateTensor, pack, unpack
-from ..prototypes.source import BatchFeatures, PrototypeSource
+from ..prototypes.batch_features import BatchFeatures
+from ..prototypes.source import PrototypeSource
 from .module import LossModule
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_features import BatchFeatures
 from .. import _checks as check
 from .._dtypes import assert_on_device
 from ..functional._labels import check_labels
 from .report import EpisodeReport
-from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
+from .source import Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
 
 
 class Prototypes(PrototypeSource, kind="episode"):

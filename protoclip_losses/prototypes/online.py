@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .batch_features import BatchFeatures
 from .. import _checks as check
 from ..distributed import Group, RankRows
 from ..kernels.autograd import constants
@@ -13,7 +14,7 @@ from .cluster_sums import ClusterSums
 from .nearest import nearest_centroid, nearest_centroids, with_known_rows
 from .queue import FeatureQueue
 from .renewal import first_clusterings, renew
-from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
+from .source import Clustering, Pair, PrototypeSource, PrototypeTerm
 
 
 class OnlinePrototypes(PrototypeSource, kind="online"):
