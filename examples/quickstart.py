@@ -50,7 +50,7 @@ def train(name: str, warmup: int) -> None:
     tokens = torch.tensor([[vocabulary[word] for word in caption.split()] for caption in captions])
     model = Clip(len(vocabulary))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loss_fn, clusterer = ProtoLoss(external_target_temperature=0.1), EpisodicClusterer(num_prototypes=50)
+    loss_fn, clusterer = ProtoLoss(), EpisodicClusterer(num_prototypes=50)
     teachers = {"words": TeacherAdapter.from_captions(captions, dim=32)} if find_spec("sklearn") else {}
 
     def ami() -> float:

@@ -49,8 +49,8 @@ class Gallery(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
-        lines = [f".. literalinclude:: gallery/{name}.py", "", f".. image:: {PICTURES / name}.png", f"   :alt: {self.options['alt']}"]
-        return self.parse_text_to_nodes("\n".join(lines))
+        picture = f".. image:: {PICTURES / name}.png\n   :alt: {self.options['alt']}"
+        return self.parse_text_to_nodes(f".. literalinclude:: gallery/{name}.py\n\n{picture}")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

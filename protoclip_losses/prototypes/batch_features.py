@@ -12,9 +12,9 @@ from .. import _checks as check
 class BatchFeatures:
     """Features of one batch, one row per sample.
 
-    **Use it when:** you write a :class:`PrototypeSource`, or ask one for its ``labels``.
+    **Use it when:** you write a :class:`~protoclip_losses.PrototypeSource`, or ask one for its ``labels``.
     **Not when:** you call a loss, which takes tensors by name and makes one.
-    **Related:** :class:`FeatureBank` holds the features of an episode.
+    **Related:** :class:`~protoclip_losses.FeatureBank` holds the features of an episode.
 
     Args:
         students: projected features (B, D) by modality; each modality is a teacher of the others.

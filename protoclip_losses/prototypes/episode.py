@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_features import BatchFeatures
 from .. import _checks as check
 from .._dtypes import assert_on_device
 from ..functional._labels import check_labels
+from .batch_features import BatchFeatures
 from .report import EpisodeReport
 from .source import Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
 

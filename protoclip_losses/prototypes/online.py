@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .batch_features import BatchFeatures
 from .. import _checks as check
 from ..distributed import Group, RankRows
 from ..kernels.autograd import constants
+from .batch_features import BatchFeatures
 from .cluster_sums import ClusterSums
 from .nearest import nearest_centroid, nearest_centroids, with_known_rows
 from .queue import FeatureQueue
