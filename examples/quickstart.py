@@ -65,7 +65,7 @@ def train(name: str, warmup: int) -> None:
         bank = FeatureBank.from_features(episode.index, h["image_features_projected"], h["text_features_projected"])
         loss_fn.set_prototypes(clusterer.build(bank, teachers) if episode.number >= warmup else None)
         model.train()
-        for index in episode.index.split(32):
+        for index in torch.split(episode.index, 32):
             losses: Any = loss_fn(**model(pictures[index], tokens[index]), index=index, output_dict=True)
             optimizer.zero_grad()
             sum(losses.values()).backward()
