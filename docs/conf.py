@@ -16,6 +16,8 @@ copyright = f"2026, {author}"
 version = release = __version__
 
 extensions = [
+    "changelog",
+    "gallery",
     "svgmath",
     "when",
     "sphinx.ext.autodoc",

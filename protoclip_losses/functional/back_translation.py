@@ -22,6 +22,10 @@ def back_translate(
     large the gap between the modalities, and a teacher may have any width. One pass over the features, in a fixed order: the
     same input gives the same bits, on CUDA too. Not normalised, as in the paper. The result is a constant.
 
+    **Use it when:** labels and features are there, all on one process.
+    **Not when:** features come in batches or lie on several ranks: :class:`protoclip_losses.PrototypicalBackTranslation`.
+    **Related:** :func:`soft_targets` takes the prototypes.
+
     Args:
         labels: (N,) int64, the teacher's cluster of each sample; rows with label -1 are left out.
         features: (N, D) the student's features.

@@ -15,6 +15,10 @@ def caption_ids(texts: Sequence[str]) -> Tensor:
 
     Ids are hashes, the same in every batch, process and run: InfoNCE with ``repeats`` takes them as ``ids``.
 
+    **Use it when:** captions of a batch may repeat.
+    **Not when:** each caption stands once in a batch: every one costs a hash.
+    **Related:** :func:`info_nce` and :class:`protoclip_losses.ProtoLoss`, whose ``repeats`` say what equal ids mean.
+
     Args:
         texts: n captions.
 

@@ -30,6 +30,10 @@ def info_nce(
     default 512 MiB on a CPU, 1 GiB on an accelerator); they are computed twice then and memory is linear in B. This
     function runs on one process; :class:`protoclip_losses.InfoNCE` gathers over processes.
 
+    **Use it when:** the pairs of one process are the whole batch.
+    **Not when:** processes share the batch: :class:`protoclip_losses.InfoNCE` gathers.
+    **Related:** :func:`caption_ids` for captions that repeat.
+
     Args:
         image_features: (B, d), L2-normalised by the caller.
         text_features: (B, d), likewise; row i is the pair of image row i.

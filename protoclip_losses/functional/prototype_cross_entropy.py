@@ -39,6 +39,10 @@ def prototype_cross_entropy(
     :math:`-\sum_j Y_{a_i j} \log p_{ij}`, exactly, since the student's logits are linear in :math:`h`. So is a mixture of
     several labels, with :math:`\sum_l w_{il} M_{a_{il}}` in the place of :math:`M_{a_i}`.
 
+    **Use it when:** you have prototypes and labels, and one process.
+    **Not when:** K is a few hundred and speed is no matter: ``torch.nn.functional.cross_entropy`` of the dense logits is as good.
+    **Related:** :class:`protoclip_losses.PrototypeLoss` counts over processes; :func:`soft_targets` makes ``targets``.
+
     Args:
         features: (B, D) student features, L2-normalised by the caller. They set the dtype of the products.
         prototypes: (K, D). May require gradient.

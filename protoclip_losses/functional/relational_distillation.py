@@ -30,6 +30,10 @@ def relational_distillation(
     and :math:`\tau` the temperature. The widths may differ: only similarities are compared. A row of zeros, of which the teacher
     knows nothing, is left out as a row and as a neighbour; n counts the others. With fewer than two the loss is 0.
 
+    **Use it when:** a teacher's features come with the batch, on one process.
+    **Not when:** the batch is small beside the number of concepts: few rows then are alike.
+    **Related:** :class:`protoclip_losses.RelationalDistillation` gathers over processes.
+
     Args:
         features: (B, D) student features, L2-normalised by the caller. They set the dtype of the student's product.
         teacher_features: (B, D_E) of the same samples, constants.

@@ -27,6 +27,10 @@ def soft_targets(
     a sample depends on its label alone, so that these K rows are all the targets there are. Built in blocks of rows: K x K is
     never held. The result is a constant: no gradient flows through it.
 
+    **Use it when:** clusters with near centroids should share a target.
+    **Not when:** targets are hard: M is P, and :func:`prototype_cross_entropy` needs none.
+    **Related:** :class:`protoclip_losses.ProtoLoss` makes and keeps them (``target_temperature``).
+
     Args:
         teacher_centroids: (K, Dt).
         prototypes: (K, D).

@@ -9,7 +9,7 @@ from .. import _checks as check
 from .._dtypes import is_transformed
 from ..distributed import Group
 from ..kernels.autograd import keep_all_in_graph
-from ..prototypes.source import BatchFeatures, teachers_by_name
+from ..prototypes.batch_features import BatchFeatures, teachers_by_name
 from .info_nce import collective_signature, num_rows, own_gradients
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths, warn_of_one_projection
 from .module import untraced_if

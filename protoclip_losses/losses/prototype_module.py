@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed import Group, RankRows, check_process_group
 from ..kernels.autograd import constants
+from ..prototypes.batch_features import BatchFeatures
 from ..prototypes.extra_state import StateTensor, pack, unpack
-from ..prototypes.source import BatchFeatures, PrototypeSource
+from ..prototypes.source import PrototypeSource
 from .module import LossModule
 from .settings import OF_ONE_RANK, ObjectiveSettings
 from .terms import WeightedTerms

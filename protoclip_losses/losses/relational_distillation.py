@@ -10,7 +10,7 @@ from ..distributed import Group, RankRows, check_process_group
 from ..functional.relational_distillation import check_relations, unit_rows
 from ..kernels.relational_distillation import relation_kl_sum
 from ..kernels.sizes import BlockLimit
-from ..prototypes.source import BatchFeatures
+from ..prototypes.batch_features import BatchFeatures
 from .info_nce import collective_signature, num_rows, own_gradients
 from .module import LossModule
 from .settings import ObjectiveSettings, block_limit

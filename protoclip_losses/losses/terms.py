@@ -12,7 +12,8 @@ from .. import _checks as check
 from ..distributed import RankRows
 from ..functional._labels import heaviest, mixed, mixture_weights
 from ..kernels.prototype_cross_entropy import label_nll_sum
-from ..prototypes.source import BatchFeatures, PrototypeSource, PrototypeTerm
+from ..prototypes.batch_features import BatchFeatures
+from ..prototypes.source import PrototypeSource, PrototypeTerm
 from .misuse import UseOfPrototypes
 from .settings import ObjectiveSettings, block_limit
 from .soft_target_cache import SoftTargetCache

@@ -15,7 +15,8 @@ from .. import _checks as check
 from .._dtypes import sum_dtype
 from ..distributed import RankRows
 from ..kernels.autograd import in_backward
-from ..prototypes.source import BatchFeatures, PrototypeSource
+from ..prototypes.batch_features import BatchFeatures
+from ..prototypes.source import PrototypeSource
 from .terms import WeightedTerms
 
 MAX_AGE = 64  # calls for which one without gradients is remembered: the first run of a reentrant checkpoint

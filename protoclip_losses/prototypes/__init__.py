@@ -1,11 +1,12 @@
 """The constants of a prototype term, wherever they come from."""
 
 from .back_translation import PrototypicalBackTranslation
+from .batch_features import BatchFeatures
 from .build import EpisodicClusterer
 from .episode import Prototypes
 from .online import OnlinePrototypes
 from .report import EpisodeReport
-from .source import BatchFeatures, Clustering, PrototypeSource, PrototypeTerm
+from .source import Clustering, PrototypeSource, PrototypeTerm
 
 __all__ = [
     "BatchFeatures",

@@ -9,8 +9,9 @@ from torch import Tensor
 from .. import _checks as check
 from .._dtypes import assert_on_device
 from ..functional._labels import check_labels
+from .batch_features import BatchFeatures
 from .report import EpisodeReport
-from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
+from .source import Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
 
 
 class Prototypes(PrototypeSource, kind="episode"):

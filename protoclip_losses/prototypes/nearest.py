@@ -8,7 +8,8 @@ from torch import Tensor
 from .._dtypes import may_read_values
 from ..clustering.assign import assign, nearest_without_waiting
 from ..clustering.points import finite_rows
-from .source import BatchFeatures, Clustering
+from .batch_features import BatchFeatures
+from .source import Clustering
 
 
 def with_known_rows(features: BatchFeatures) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed import Group, RankRows
 from ..kernels.autograd import constants
+from .batch_features import BatchFeatures
 from .cluster_sums import ClusterSums
 from .nearest import nearest_centroid, nearest_centroids, with_known_rows
 from .queue import FeatureQueue
 from .renewal import first_clusterings, renew
-from .source import BatchFeatures, Clustering, Pair, PrototypeSource, PrototypeTerm
+from .source import Clustering, Pair, PrototypeSource, PrototypeTerm
 
 
 class OnlinePrototypes(PrototypeSource, kind="online"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed import RankRows
 from ..functional._labels import check_labels, label_range, valid_mask
+from .batch_features import BatchFeatures
 
 Pair = tuple[str, str]  # (student, teacher)
 
@@ -20,6 +21,10 @@ Pair = tuple[str, str]  # (student, teacher)
 @dataclass(frozen=True)
 class Clustering:
     """A teacher's clustering: K centroids, and the label of each sample if labels are stored.
+
+    **Use it when:** samples were clustered elsewhere: :meth:`EpisodicClusterer.build` takes one in place of a teacher.
+    **Not when:** the library clusters them: :meth:`EpisodicClusterer.fit_teacher` and ``build`` make theirs.
+    **Related:** :class:`KMeansResult`, which has a report and assigns new rows.
 
     Attributes:
         centroids: (K, Dt) in the teacher's space.
@@ -64,6 +69,10 @@ def checksum(*tensors: Tensor) -> int:
 @dataclass(frozen=True)
 class PrototypeTerm:
     """One (student, teacher) pair: K prototypes in the student's space, for the clusters of a teacher.
+
+    **Use it when:** you look at what a loss is trained on, or write a :class:`PrototypeSource`.
+    **Not when:** prototypes of an episode or online ones will do: they hold their terms.
+    **Related:** :class:`Clustering`, the teacher's part of it.
 
     Attributes:
         prototypes: (K, D), back-translated into the student's space; the row of a prototype that is not valid is zero.
@@ -123,44 +132,6 @@ def _accepts_form_of_0_6(init: Callable[..., None]) -> Callable[..., None]:
 
 
 PrototypeTerm.__init__ = _accepts_form_of_0_6(PrototypeTerm.__init__)  # type: ignore[method-assign]
-
-
-class BatchFeatures:
-    """Features of one batch, one row per sample.
-
-    Args:
-        students: projected features (B, D) by modality; each modality is a teacher of the others.
-        teachers: features (B, D_E) of external teachers by name.
-    """
-
-    def __init__(self, students: Mapping[str, Tensor], teachers: Mapping[str, Tensor]) -> None:
-        self.students, self.teachers = students, teachers
-
-    @property
-    def by_name(self) -> dict[str, Tensor]:
-        """All of them."""
-        return {**self.students, **self.teachers}
-
-    @property
-    def device(self) -> torch.device:
-        """The students' device, where losses are computed."""
-        return next(iter(self.students.values())).device
-
-    def check(self, image_features: Tensor) -> None:
-        """Raise if a student's features are no matrix, or of other rows or on another device than ``image_features``."""
-        for name, h in self.students.items():
-            check.matrix(f"projected features of {name!r}", h, rows=image_features.shape[0], of=" as image_features")
-            check.same_device(f"projected features of {name!r}", h, "image_features", image_features)
-
-
-def teachers_by_name(teacher_features: Any) -> Mapping[str, Tensor]:
-    """Features of external teachers by name; 0.6 accepted a single tensor, and ignored it."""
-    if isinstance(teacher_features, Tensor):
-        check.warn_renamed("teacher_features as a single tensor", "a mapping of names to tensors")
-        return {}
-    if teacher_features is None or isinstance(teacher_features, Mapping):
-        return teacher_features or {}
-    raise TypeError(f"teacher_features must be a mapping of names to tensors, got {type(teacher_features).__name__}")
 
 
 class PrototypeSource(ABC):

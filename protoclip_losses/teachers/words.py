@@ -18,6 +18,10 @@ def words(caption: str) -> list[str]:
 
     Scripts without spaces between words give pairs of neighbouring characters; a character without a neighbour stands alone.
 
+    **Use it when:** you write a ``tokenizer`` that adds to the default one, such as stemming.
+    **Not when:** captions are to be encoded: the default tokenizer calls it.
+    **Related:** :class:`WordEncoder`, :meth:`protoclip_losses.TeacherAdapter.from_captions`.
+
     Example:
         >>> words("A dog's Ball, 2 of them")
         ['a', 'dog', 's', 'ball', '2', 'of', 'them']
