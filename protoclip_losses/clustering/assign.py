@@ -11,8 +11,8 @@ from torch import Tensor
 from .._dtypes import plain_arithmetic, sum_dtype
 from ..kernels.sizes import rows_per_block
 from .origin import LARGEST_LENGTH, SMALLEST_LENGTH, centroid_origin
+from .row_source import BLOCK_ROWS
 
-BLOCK_ROWS = 2**14  # rows that are copied to float32 at a time
 COPIES = 4  # of a block's rows that are held with their scores
 COMPARED_CENTROIDS, COMPARED_ROWS = 6, 256  # whose distances are compared at a time, where scores are not enough
 GROUPS = 64  # a maximum of values is ten times faster than one with its position; it narrows the search to one group
