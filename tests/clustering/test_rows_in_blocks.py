@@ -214,10 +214,10 @@ print(max(peak) - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_rows_stay_in_their_file(tmp_path):
-    """They would take 73 MB, in float32 twice that; labels, scores, bounds, norms and positions are 4, and a block is 16."""
+    """They would take 73 MB more; labels, scores, bounds, norms and positions are 4, and what is made of a block is up to 75."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "x.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    assert float(done.stdout.split()[-1]) < 60
+    assert float(done.stdout.split()[-1]) < 110
