@@ -19,7 +19,7 @@ from torch import Tensor
 from .._dtypes import sum_dtype
 from .assign import Scores, directions, exceeds_rounding, row_lengths, squared_distances
 from .points import EngineResult, ShardedPoints, segment_sums_and_counts
-from .row_source import chosen_rows
+from .row_source import STRIPE_ROWS, chosen_rows
 
 SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
 STATE = ("labels", "score", "bound", "is_empty", "changed", "centroids")
@@ -103,9 +103,12 @@ class Lloyd:
 
     def _certain_labels(self) -> Tensor:
         """Labels whose score is above the bound by more than rounding, that of the centroids which are returned too, and -1."""
-        distances = self._squared_distances()
-        gap, width = self.score - self.bound, self.centroids.shape[1]
-        return self.labels.where(exceeds_rounding(gap, self.squared_norms, distances, width, self.origin), -1)
+        labels, distances, width = self.labels.clone(), self._squared_distances(), self.centroids.shape[1]
+        for start in range(0, len(labels), STRIPE_ROWS):  # or ten temporary vectors would be of all points
+            part = slice(start, start + STRIPE_ROWS)
+            gap = self.score[part] - self.bound[part]
+            labels[part][~exceeds_rounding(gap, self.squared_norms[part], distances[part], width, self.origin)] = -1
+        return labels
 
     def rounding_hides_distances(self) -> bool:
         """Whether scores are rounded by more than a hundredth of the objective, and another dtype is there to do better."""
@@ -174,8 +177,8 @@ class Lloyd:
 
     def _update(self, changed: Tensor) -> None:
         """Means of the clusters that gained or lost a point; an empty one keeps its centroid."""
-        segment = torch.full((self.num_clusters,), -1, device=changed.device)
-        segment[changed] = torch.arange(len(changed), device=changed.device)
+        segment = torch.full((self.num_clusters,), -1, device=changed.device, dtype=torch.int32)
+        segment[changed] = torch.arange(len(changed), device=changed.device, dtype=torch.int32)
         origin = None if self.spherical else self.origin
         points, weights = self.points.points, self.points.weights
         sums = self.points.sum(segment_sums_and_counts(segment[self.labels], points, len(changed), origin, weights))

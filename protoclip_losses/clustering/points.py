@@ -167,7 +167,7 @@ def segment_sums_and_counts(
         block = torch.nn.functional.pad(block, (0, 1), value=1.0).to(dtype)
         if weights is not None:
             block *= weights[part, None]
-        sums += segment_sum(labels[part], block, num_segments, check_values=False)[0]
+        sums += segment_sum(labels[part].long(), block, num_segments, check_values=False)[0]
     return sums
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._dtypes import INTEGERS
 from ..distributed import RankRows
 from ..functional._labels import check_labels, label_range, valid_mask
 
@@ -23,8 +24,9 @@ class Clustering:
 
     Attributes:
         centroids: (K, Dt) in the teacher's space.
-        labels: (N,) int64, -1 where a sample has none; or (N, L), the centroids of a mixture, nearest first where they were
-            found by distance. None in online mode, where the label of a sample is the centroid nearest to its feature.
+        labels: (N,) of an integer dtype, -1 where a sample has none; or (N, L), the centroids of a mixture, nearest first where
+            they were found by distance. They may be memory-mapped. None in online mode, where the label of a sample is the
+            centroid nearest to its feature.
     """
 
     centroids: Tensor
@@ -33,9 +35,12 @@ class Clustering:
     def __post_init__(self) -> None:
         check.matrix("centroids", self.centroids)
         if self.labels is not None:
-            labels = check_labels("labels", self.labels)
-            num = self.centroids.shape[0]
-            label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
+            labels, num = self.labels, self.centroids.shape[0]
+            # A teacher's may be narrow ones; a term's have to be int64, as all labels of the losses.
+            check_labels("labels", labels[:0].long() if isinstance(labels, Tensor) and labels.dtype in INTEGERS else labels)
+            low, high = (int(x) for x in labels.aminmax()) if labels.numel() else (0, 0)
+            if low < -1 or high >= num:  # only then a copy: labels of a whole data set may lie on a disk
+                label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
 
     def checksum(self) -> int:
         """Of centroids and labels, which all ranks must have alike."""
@@ -58,7 +63,10 @@ def several_labels(labels: Tensor) -> Tensor:
 
 def checksum(*tensors: Tensor) -> int:
     """A number that differs between tensors of different bits, as far as 32 of them can tell."""
-    return zlib.crc32(b"".join(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes() for x in tensors))
+    number = 0
+    for x in tensors:
+        number = zlib.crc32(x.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data, number)
+    return number
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class PrototypeTerm:
         valid_mask(self.valid, num)
         if not bool(self.valid.any()):
             raise ValueError("valid must leave at least one prototype, got none")
+        if self.labels is not None:
+            check_labels("labels", self.labels)
         check.finite("prototypes", self.prototypes[self.valid])
         check.finite("teacher_centroids", self.teacher_centroids[self.valid])
 

@@ -53,8 +53,8 @@ def run(folder, writes, settings):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 @pytest.mark.parametrize(
     ("settings", "writes"),
-    [({"tol": 0}, 4), ({"tol": 0, "nredo": 2, "niter": 5}, 9), ({"tol": 0, "spherical": True, "niter": 4}, 3)],
-    ids=["iterations", "second_run", "spherical"],
+    [({"tol": 0, "spherical": True}, 4), ({"tol": 0, "nredo": 2, "niter": 5}, 9)],
+    ids=["iterations", "second_run"],
 )
 def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, x, settings, writes):
     threads = torch.get_num_threads()
@@ -91,9 +91,10 @@ def stopped(tmp_path, x, monkeypatch):
         if step == 2:
             raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "write", write)
-        KMeans(30).fit(x, checkpoint=tmp_path / "state")
+        with pytest.raises(Stop):
+            KMeans(30).fit(x, checkpoint=tmp_path / "state")
     return tmp_path / "state"
 
 
