@@ -126,8 +126,9 @@ class KMeans:
         """Cluster this rank's rows together with those of all ranks.
 
         Rows that do not fit in memory are a memory-mapped array (``numpy.load(path, mmap_mode="r")``), a list of arrays, or an
-        object that gives blocks of rows each time it is iterated. They are read in blocks, an array about twice an iteration,
-        blocks about four times from the first to the last. Results are on the CPU.
+        object that gives blocks of rows each time it is iterated. Of an array what is needed is read, less and less as clusters
+        settle; blocks are read from the first on, some 60 times before the first iteration and 5 times in each. Results are on
+        the CPU.
 
         Args:
             x: (N, D), this rank's rows; N may differ between ranks. A tensor, an array, a list of these with rows of one width

@@ -224,5 +224,5 @@ class Lloyd:
             self.bound[part] = torch.maximum(self.bound[part], other)
             self.score[part] = best.where(nearer, score)
             self.labels[part] = new = label.where(nearer, own)
-            self.changed[own[new != own]] = True
-            self.changed[new[new != own]] = True
+            moved = new != own
+            self.changed[torch.cat([own[moved], new[moved]])] = True

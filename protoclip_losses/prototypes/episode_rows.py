@@ -107,7 +107,7 @@ def _by_sample(name: str, teacher: KMeansResult) -> Tensor:
     labels, index = teacher.labels, teacher.index
     if index is None or all(
         torch.equal(part, torch.arange(start, start + len(part), device=part.device))
-        for start, part in zip(range(0, len(index), LOOKED_AT), index.split(LOOKED_AT), strict=True)
+        for start, part in zip(range(0, len(index), LOOKED_AT), torch.split(index, LOOKED_AT), strict=True)
     ):
         return labels
     low, high = (int(x) for x in index.aminmax())

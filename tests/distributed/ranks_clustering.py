@@ -72,7 +72,7 @@ def rows_in_blocks_weights_and_a_checkpoint_are_those_of_one_process(rank, world
     try:
         with pytest.raises(KeyboardInterrupt):
             fit()
-        with pytest.raises(ValueError, match="checkpoint must be of the same data and settings, got .* with seed: 0, now 1"):
+        with pytest.raises(ValueError, match=r"checkpoint must be of the same data and settings, got .* with seed: 0, now 1"):
             fit(seed=1)
         steps.clear()
         stops.clear()

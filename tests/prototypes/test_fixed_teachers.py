@@ -89,7 +89,7 @@ def test_ids_that_are_no_sample_indices_are_an_error():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_labels_of_a_large_data_set_are_not_copied(tmp_path):
-    """Those of the episode are looked up alone: 40 MB of labels stay in their file."""
+    """Those of the episode are looked up alone: 16 MB of labels stay in their file."""
     in_new_process(
         f"""
 import threading, time
@@ -101,20 +101,20 @@ def anonymous():
     return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")).split()[1]) / 1024
 
 report = ClusteringReport("torch", "", (1.0,), 1.0, 1.0, 0, 0, 0, {{}})
-labels, path = torch.arange(5_000_000) % 9, {str(tmp_path / "clusters")!r}
+labels, path = torch.arange(2_000_000) % 9, {str(tmp_path / "clusters")!r}
 KMeansResult(torch.randn(9, 4), labels, torch.bincount(labels), 1.0, report).save(path)
 del labels
-index = torch.arange(0, 5_000_000, 5_000)
+index = torch.arange(0, 2_000_000, 2_000)
 bank = FeatureBank.from_features(index, image=torch.randn(1000, 4), text=torch.randn(1000, 4))
 teacher, peak, before = KMeansResult.load(path), [0], anonymous()
 def watch():
     while True:
         peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
+        time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
 built = EpisodicClusterer(3).build(bank, {{"words": teacher}}, internal=False)
 assert torch.equal(built.terms["image", "words"].labels, index % 9)
-assert peak[0] - before < 20, peak[0] - before
+assert peak[0] - before < 8, peak[0] - before
 """
     )
 
