@@ -1,17 +1,33 @@
 """K-means of rows: which rows are clustered, by which engine, and their labels."""
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import plain_arithmetic, sum_dtype
-from ..distributed import Group, RankRows, active_group, check_process_group, gather_sizes, sum_over_ranks, validate_rows
+from .._dtypes import plain_arithmetic
+from ..distributed import (
+    Group,
+    RankRows,
+    active_group,
+    check_process_group,
+    gather_sizes,
+    rank,
+    sum_over_ranks,
+    validate_on_all_ranks,
+    world_size,
+)
 from . import faiss_engine, torch_engine
-from .assign import assign
-from .points import EngineResult, KMeansConfig, ShardedPoints, finite_points, positions
+from .checkpoint import Checkpoint, rows_checksum, tensor_checksum
+from .inputs import FitInput
+from .labels import assign_points
+from .points import EngineResult, KMeansConfig, ShardedPoints, positions
+from .progress import Progress
 from .report import ClusteringReport
 from .result import KMeansResult as KMeansResult
 
@@ -49,6 +65,7 @@ class KMeans:
             changes.
         max_dropped: the share of rows with NaN or Inf above which :meth:`fit` raises; up to it they are left out and counted.
         process_group: None for the default group, ``False`` for this process alone, or a group.
+        progress: show iterations, objective and the time that is left, on the first rank: a bar if tqdm is installed, else lines.
 
     Shapes: x (N, D); centroids (K, D), labels (N,), counts (K,). float16, bfloat16, float32 and float64 rows are taken.
 
@@ -78,6 +95,7 @@ class KMeans:
         tol: float = 1e-3,
         max_dropped: float = 0.01,
         process_group: Group | bool | None = None,
+        progress: bool = False,
     ) -> None:
         self.num_clusters = check.positive_int(self._k_name, num_clusters)
         self.niter, self.nredo = check.positive_int("niter", niter), check.positive_int("nredo", nredo)
@@ -90,48 +108,76 @@ class KMeans:
         self.backend, self.spherical, self.seed = backend, spherical, check.seed("seed", seed)
         self.device = None if device is None else torch.device(device)
         self.tol, self.max_dropped, self.process_group = tol, max_dropped, check_process_group(process_group)
+        self.progress = progress
 
     def __repr__(self) -> str:
         return f"KMeans({self.num_clusters}, {', '.join(f'{name}={getattr(self, name)!r}' for name in SETTINGS)})"
 
     @plain_arithmetic()
-    def fit(self, x: Tensor, *, init: Tensor | None = None, index: Tensor | None = None) -> KMeansResult:
+    def fit(
+        self,
+        x: Tensor | Iterable[Any],
+        *,
+        init: Tensor | None = None,
+        index: Tensor | None = None,
+        weights: Tensor | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> KMeansResult:
         """Cluster this rank's rows together with those of all ranks.
 
+        Rows that do not fit in memory are a memory-mapped array (``numpy.load(path, mmap_mode="r")``), a list of arrays, or an
+        object that gives blocks of rows each time it is iterated. Of an array what is needed is read, less and less as clusters
+        settle; blocks are read from the first on, some 60 times before the first iteration and 5 times in each. Results are on
+        the CPU.
+
         Args:
-            x: (N, D), this rank's rows; N may differ between ranks.
+            x: (N, D), this rank's rows; N may differ between ranks. A tensor, an array, a list of these with rows of one width
+                and dtype, or a re-iterable of blocks (n, D).
             init: (K, D) centroids to start from, the same on every rank; None draws rows.
             index: (N,) int64, an id of each row. Rows are ordered by it, so that the result does not depend on which rank has
                 which row; None is the order of the rows, rank by rank.
+            weights: (N,) positive numbers, how often each row counts in means, objective and the draw of the first centroids; a
+                row with weight 2 counts as two equal rows.
+            checkpoint: a file for the state after each iteration. After a kill the same call goes on from it, to the same bits
+                with the same number of threads; the file is deleted at the end. Each of several ranks has two files, whose
+                names begin with this one.
 
         Raises:
-            TypeError: x that is not floating point, an index that is not int64.
+            TypeError: x that is not floating point, or that can be iterated only once, an index that is not int64.
             ValueError: fewer finite rows than clusters, more rows with NaN or Inf than ``max_dropped`` allows, values of
-                1e38 or more.
+                1e38 or more, weights that are not positive; a checkpoint of other data or settings; rows that are read in
+                blocks, weights or a checkpoint with ``backend="faiss"``.
             RuntimeError: faiss is asked for a GPU and the installed one has none.
         """
         start = time.perf_counter()
-        group = active_group(self.process_group)
-        (finite, points), ranks = validate_rows(
-            lambda: self._checked(x, init, index),
-            group,
-            len(x) if isinstance(x, Tensor) and x.dim() else 0,
-            signature=lambda: self._signature(x, init, index),
-        )
+        group, by_faiss = active_group(self.process_group), self.backend == "faiss"
+        given = FitInput(self._x_name, self._k_name, self.num_clusters, x, init, index, weights, self.device, by_faiss)
+        finite, points = validate_on_all_ranks(given.check, group, lambda: self._signature() | given.signature())
+        total = int(sum_over_ranks(torch.tensor(len(finite), device="cpu"), group))
         kept = RankRows(group, gather_sizes(len(points), group))
-        self._require_enough(kept.total, ranks.total)
-        backend, device, reason = self._engine(x.device)
-        position = positions(None if index is None else index[finite], points, kept)
+        self._require_enough(kept.total, total)
+        backend, device, reason = self._engine(points.device)
+        kept_index, weights = (value if value is None else value[finite] for value in (index, weights))
+        position = positions(kept_index, finite.device, kept)
         if backend == "torch":
-            points, position = points.to(device), position.to(device)
-        config = KMeansConfig(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init)
-        found = ENGINES[backend](ShardedPoints(points, position, kept), self.num_clusters, config)
+            points, position = points.to(device) if isinstance(points, Tensor) else points, position.to(device)
+        sharded = ShardedPoints(points, position, kept, None if weights is None else weights.float().to(device))
+        file = None if checkpoint is None else self._checkpoint(Path(checkpoint), sharded, init, device)
+        progress = Progress(1 if init is not None else self.nredo, self.niter) if self.progress and rank(group) == 0 else None
+        config = KMeansConfig(self.niter, self.tol, self.nredo, self.spherical, self.seed, device, init, file, progress)
+        try:
+            found = ENGINES[backend](sharded, self.num_clusters, config)
+        finally:
+            if progress is not None:
+                progress.close()
         clustered = time.perf_counter()
-        assigned, distances = assign(points, found.centroids, found.labels, spherical=self.spherical)
-        counts = sum_over_ranks(torch.bincount(assigned, minlength=self.num_clusters), group).to(x.device)
-        objective = float(sum_over_ranks(distances.to(sum_dtype(distances.device)).sum(), group))
-        labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-        labels[finite] = assigned.to(x.device)
+        assigned, own_objective = assign_points(sharded, found.centroids, found.labels, self.spherical)
+        counts = sum_over_ranks(torch.bincount(assigned, minlength=self.num_clusters), group).to(finite.device)
+        objective = float(sum_over_ranks(own_objective, group))
+        labels = torch.full((len(finite),), -1, dtype=torch.int64, device=finite.device)
+        labels[finite] = assigned.to(finite.device)
+        if file is not None:
+            file.remove()
         report = ClusteringReport(
             backend=backend,
             reason=reason,
@@ -140,29 +186,32 @@ class KMeans:
             imbalance=float((counts.float() / kept.total).square().sum() * self.num_clusters),
             empty=int((counts == 0).sum()),
             reseeded=found.reseeded,
-            dropped=ranks.total - kept.total,
+            dropped=total - kept.total,
             seconds={"kmeans": clustered - start, "assign": time.perf_counter() - clustered},
         )
-        return KMeansResult(found.centroids.to(x.device), labels, counts, objective, report, self.spherical)
+        return KMeansResult(found.centroids.to(finite.device), labels, counts, objective, report, self.spherical, index)
 
-    def _checked(self, x: Tensor, init: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Which rows are finite, and these rows."""
-        name = self._x_name
-        check.matrix(name, x)
-        if x.shape[1] == 0:
-            raise ValueError(f"{name} must have a width of at least 1, got 0")
-        if index is not None:
-            check.integers("index", index, length=len(x), of=f" as {name} has rows")
-            check.same_device("index", index, name, x)
-        if init is not None:
-            check.matrix("init", init, rows=self.num_clusters, width=x.shape[1], of=f" as {self._k_name} and {name} say")
-            check.finite("init", init)
-        return finite_points(name, x)
-
-    def _signature(self, x: Tensor, init: Tensor | None, index: Tensor | None) -> dict[str, object]:
+    def _signature(self) -> dict[str, object]:
         settings = {name: getattr(self, name) for name in SETTINGS if name not in ("device", "process_group")}
-        given = {"width and dtype": (x.shape[1], x.dtype), "init and index": (init is not None, index is not None)}
-        return {self._k_name: self.num_clusters, **settings, **given}
+        return {self._k_name: self.num_clusters, **settings}
+
+    def _checkpoint(self, path: Path, points: ShardedPoints, init: Tensor | None, device: torch.device) -> Checkpoint:
+        """For these rows and settings, of which it knows checksums."""
+        if self.backend == "faiss":
+            raise ValueError("checkpoint must be None for backend='faiss', which does not say where it is: use backend='torch'")
+        group, own = points.ranks.group, points.points
+        facts = {
+            **self._signature(),
+            "device": device.type,
+            "processes": world_size(group),
+            f"shape of {self._x_name}": (len(own), own.shape[1]),
+            f"dtype of {self._x_name}": own.dtype,
+            f"checksum of {self._x_name}": rows_checksum(own),
+            "checksum of init": tensor_checksum(init),
+            "checksum of the order by index": tensor_checksum(points.position),
+            "checksum of weights": tensor_checksum(points.weights),
+        }
+        return Checkpoint(path, facts, group)
 
     def _require_enough(self, kept: int, total: int) -> None:
         name = self._x_name

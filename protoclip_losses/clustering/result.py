@@ -1,15 +1,21 @@
-"""What K-means returns, which also labels new rows."""
+"""What K-means returns, which also labels new rows and can be saved."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import plain_arithmetic
-from .assign import nearest
-from .points import finite_points
+from .files import read_tensors, write_tensors
+from .labels import predict_rows
 from .report import ClusteringReport
+from .row_source import row_source
+
+KIND = "KMeansResult.save"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -27,6 +33,7 @@ class KMeansResult:
         objective: sum of squared distances to the assigned centroids, over all ranks.
         report: how the run went.
         spherical: whether a row's nearest centroid is that of its direction, the one with the largest cosine.
+        index: (N,) int64, the ids of this rank's rows, if :meth:`KMeans.fit` was given them.
     """
 
     centroids: Tensor
@@ -35,6 +42,7 @@ class KMeansResult:
     objective: float
     report: ClusteringReport
     spherical: bool = False
+    index: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -42,14 +50,14 @@ class KMeansResult:
         return self.report.dropped
 
     @plain_arithmetic()
-    def predict(self, x: Tensor, num_labels: int = 1) -> Tensor:
+    def predict(self, x: Tensor | Iterable[Any], num_labels: int = 1) -> Tensor:
         """The nearest centroids of other rows, in Euclidean distance, ties to the lowest id. In blocks: never N x K at once.
 
         The rows that were clustered get the labels they have. All K centroids take part: one whose cluster was empty may be the
         nearest of a new row. No communication.
 
         Args:
-            x: (n, D), on any device.
+            x: (n, D), on any device; or rows that are read in blocks, as :meth:`KMeans.fit` takes them.
             num_labels: how many centroids to return for each row.
 
         Returns:
@@ -68,13 +76,49 @@ class KMeansResult:
                     [5., 1.]])
         """
         num_clusters, width = self.centroids.shape
-        check.matrix("x", x, width=width, of=" as the centroids")
+        rows = row_source("x", x)
+        if rows is None:
+            check.matrix("x", x, width=width, of=" as the centroids")  # type: ignore[arg-type]
+        elif rows.width != width:
+            raise ValueError(f"x must have width {width} as the centroids, got {rows.width}")
         if check.positive_int("num_labels", num_labels) > num_clusters:
             raise ValueError(f"num_labels must be at most the number of centroids, {num_clusters}, got {num_labels}")
-        finite, points = finite_points("x", x)
-        labels = torch.full((len(x), num_labels), -1, dtype=torch.int64, device=x.device)
-        labels[finite] = nearest(points, self.centroids, num_labels, spherical=self.spherical)
+        labels = predict_rows(x if rows is None else rows, self.centroids, num_labels, self.spherical)  # type: ignore[arg-type]
         return labels if num_labels > 1 else labels[:, 0]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file of exactly this name, complete or not at all: safetensors, without pickle.
+
+        Labels and index are those of this rank: several ranks write files of different names.
+        """
+        tensors = {"centroids": self.centroids, "labels": self.labels, "counts": self.counts}
+        if self.index is not None:
+            tensors["index"] = self.index
+        facts = {"objective": self.objective, "spherical": self.spherical, "report": asdict(self.report)}
+        write_tensors(Path(path), tensors, {"kind": KIND, "format": 1, **facts})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "KMeansResult":
+        """Read what :meth:`save` wrote, on the CPU. Labels and index stay on the disk, memory-mapped.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of another kind or format, or one that is cut short.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from protoclip_losses import KMeans, KMeansResult
+            >>> path = f"{tempfile.mkdtemp()}/clusters"
+            >>> KMeans(2).fit(torch.tensor([[0.0], [1.0], [5.0]])).save(path)
+            >>> KMeansResult.load(path).counts.tolist()
+            [2, 1]
+        """
+        tensors, facts = read_tensors(Path(path), KIND)
+        report = facts["report"]
+        report = ClusteringReport(**{**report, "objectives": tuple(report["objectives"])})
+        centroids, counts = (tensors[name].clone() for name in ("centroids", "counts"))
+        index = tensors.get("index")
+        return cls(centroids, tensors["labels"], counts, facts["objective"], report, facts["spherical"], index)
 
     def __repr__(self) -> str:
         (num_clusters, width), report = self.centroids.shape, self.report

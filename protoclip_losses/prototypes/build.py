@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from ..episodes import FeatureBank
 from .back_translation import back_translate_over_ranks
 from .episode import Prototypes
 from .episode_changes import compare
+from .episode_kmeans import FeatureKMeans, fit_known
 from .episode_rows import clustering_of, first_occurrences, labels_of, modalities, with_teachers
 from .report import EpisodeReport, agreements
 from .source import Clustering, PrototypeTerm, nearest_label, several_labels
@@ -49,6 +50,7 @@ class EpisodicClusterer:
         warm_start: :meth:`build` starts K-means from the last centroids, so that prototypes keep their ids. The paper does not.
         max_dropped: the share of rows with NaN or Inf above which :meth:`fit` and :meth:`build` raise.
         process_group: None for the default group, ``False`` for this process alone, or a group.
+        progress: show each K-means' iterations, objective and the time that is left, as :class:`KMeans` does.
 
     Attributes:
         previous: the last :class:`Prototypes`, which the next are compared with; saved by :meth:`state_dict`.
@@ -82,10 +84,11 @@ class EpisodicClusterer:
         warm_start: bool = False,
         max_dropped: float = 0.01,
         process_group: Group | bool | None = None,
+        progress: bool = False,
     ) -> None:
         self.num_prototypes, self.niter, self.tol, self.nredo, self.backend = num_prototypes, niter, tol, nredo, backend
         self.spherical, self.seed, self.device, self.warm_start = spherical, seed, device, warm_start
-        self.max_dropped, self.process_group = max_dropped, process_group
+        self.max_dropped, self.process_group, self.progress = max_dropped, process_group, progress
         self.previous: Prototypes | None = None
         self._kmeans()  # raises for a bad setting
         self.labels_per_sample = check.positive_int("labels_per_sample", labels_per_sample)
@@ -93,7 +96,8 @@ class EpisodicClusterer:
             raise ValueError(f"labels_per_sample must be at most num_prototypes={num_prototypes}, got {labels_per_sample}")
 
     def _kmeans(self) -> KMeans:
-        return _FeatureKMeans(self.num_prototypes, **{name: getattr(self, name) for name in SETTINGS})
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "progress")}
+        return FeatureKMeans(self.num_prototypes, **settings)
 
     def __repr__(self) -> str:
         names = (*SETTINGS, "warm_start", *(["labels_per_sample"] if self.labels_per_sample > 1 else []))
@@ -105,9 +109,9 @@ class EpisodicClusterer:
         check.warn_renamed("EpisodicClusterer.report", "Prototypes.report")
         return None if self.previous is None else self.previous.report
 
-    def fit(self, features: Tensor, *, init: Tensor | None = None, index: Tensor | None = None) -> KMeansResult:
+    def fit(self, features: Tensor | Iterable[Any], **arguments: Any) -> KMeansResult:
         """Cluster this rank's rows (N, D) together with those of all ranks, with no prototypes: see :meth:`KMeans.fit`."""
-        return self._kmeans().fit(features, init=init, index=index)
+        return self._kmeans().fit(features, **arguments)
 
     @plain_arithmetic()
     def fit_teacher(self, teacher: "TeacherAdapter") -> Clustering:
@@ -124,7 +128,7 @@ class EpisodicClusterer:
         group = active_group(self.process_group)
         share = torch.arange(len(teacher), device="cpu").tensor_split(world_size(group))[rank(group)]
         rows = validate_on_all_ranks(lambda: teacher[share], group, signature=lambda: {"samples of the teacher": len(teacher)})
-        result, labels = self._fit_known(rows, share.to(rows.device))
+        result, labels = fit_known(self._kmeans(), self.labels_per_sample, rows, share.to(rows.device))
         return Clustering(result.centroids, RankRows(group, gather_sizes(len(share), group)).gather(labels))
 
     @plain_arithmetic()
@@ -195,8 +199,9 @@ class EpisodicClusterer:
                 )
             else:
                 source = sources[name]
-                result, own_labels = self._fit_known(
-                    source, own_index, self._warm_centroids(name, source.shape[1]), zeros_are_rows=teacher is None
+                init = self._warm_centroids(name, source.shape[1])
+                result, own_labels = fit_known(
+                    self._kmeans(), self.labels_per_sample, source, own_index, init, zeros_are_rows=teacher is None
                 )
                 centroids, labels, reports[name] = result.centroids, owned_ranks.gather(own_labels)[order], result.report
             start = time.perf_counter()
@@ -217,18 +222,6 @@ class EpisodicClusterer:
         self.previous = prototypes
         return prototypes
 
-    def _fit_known(
-        self, rows: Tensor, index: Tensor, init: Tensor | None = None, *, zeros_are_rows: bool = False
-    ) -> tuple[KMeansResult, Tensor]:
-        """K-means of the rows that are not all zero, and the label or labels of every row, -1 for the others."""
-        known = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if zeros_are_rows else rows.any(1)
-        some = rows if bool(known.all()) else rows[known]
-        result = self.fit(some, init=init, index=index[known])
-        found = result.labels if self.labels_per_sample == 1 else result.predict(some, self.labels_per_sample)
-        labels = torch.full((len(rows), *found.shape[1:]), -1, dtype=torch.int64, device=rows.device)
-        labels[known] = found
-        return result, labels
-
     def _warm_centroids(self, teacher: str, width: int) -> Tensor | None:
         """The last centroids, if a warm start is wanted and they fit."""
         last = self.previous.clusterings.get(teacher) if self.warm_start and self.previous is not None else None
@@ -243,7 +236,3 @@ class EpisodicClusterer:
         check.state_format("EpisodicClusterer", state)
         check.state_has("EpisodicClusterer", state, ["previous"])
         self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])
-
-
-class _FeatureKMeans(KMeans):
-    _x_name, _k_name = "features", "num_prototypes"

@@ -16,6 +16,9 @@ from .source import Clustering
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
 
+LOOKED_AT = 2**20  # ids that are compared at a time
+LARGEST_GAP = 16  # samples for each row of a clustering of some of them: more are ids and no indices
+
 
 def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor], RankRows]:
     """The bank's features, and the rows of each rank; an empty bank that no batch reached has the others' features, no rows."""
@@ -40,7 +43,7 @@ def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor
 
 def clustering_of(name: str, teacher: Clustering | KMeansResult) -> Clustering:
     """A teacher that was clustered over the whole data set, with labels by sample index."""
-    clustering = teacher if isinstance(teacher, Clustering) else Clustering(teacher.centroids, teacher.labels)
+    clustering = teacher if isinstance(teacher, Clustering) else Clustering(teacher.centroids, _by_sample(name, teacher))
     if clustering.labels is None:
         raise ValueError(f"teacher {name!r} must have labels by sample index, got a clustering without")
     return clustering
@@ -96,7 +99,25 @@ def labels_of(name: str, teacher: Clustering, index: Tensor) -> Tensor:
             f"teacher {name!r} has labels of {len(teacher.labels)} samples: {int(unknown.sum())} of {len(index)} are outside "
             f"(sample {int(index[unknown][0])}, for one)"
         )
-    return teacher.labels[index.to(teacher.labels.device)].to(index.device)
+    return teacher.labels[index.to(teacher.labels.device)].to(index.device).long()
+
+
+def _by_sample(name: str, teacher: KMeansResult) -> Tensor:
+    """Its labels by sample index: as they are, unless its rows had ids in another order."""
+    labels, index = teacher.labels, teacher.index
+    if index is None or all(
+        torch.equal(part, torch.arange(start, start + len(part), device=part.device))
+        for start, part in zip(range(0, len(index), LOOKED_AT), torch.split(index, LOOKED_AT), strict=True)
+    ):
+        return labels
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= LARGEST_GAP * len(index) + LOOKED_AT:
+        raise ValueError(
+            f"teacher {name!r} must have sample indices in its index, got ids from {low} to {high} of {len(index)} rows"
+        )
+    by_sample = torch.full((high + 1,), -1, dtype=labels.dtype, device=labels.device)
+    by_sample[index] = labels
+    return by_sample
 
 
 def first_occurrences(gathered: Tensor, ranks: RankRows) -> tuple[Tensor, Tensor]:

@@ -1,54 +1,21 @@
 """What a prototype term is made of, and the interface through which ProtoLoss gets it."""
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
 from ..distributed import RankRows
-from ..functional._labels import check_labels, label_range, valid_mask
+from ..functional._labels import check_labels, valid_mask
 from .batch_features import BatchFeatures
+from .clustering import Clustering as Clustering
+from .clustering import checksum as checksum
 
 Pair = tuple[str, str]  # (student, teacher)
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """A teacher's clustering: K centroids, and the label of each sample if labels are stored.
-
-    **Use it when:** samples were clustered elsewhere: :meth:`EpisodicClusterer.build` takes one in place of a teacher.
-    **Not when:** the library clusters them: :meth:`EpisodicClusterer.fit_teacher` and ``build`` make theirs.
-    **Related:** :class:`KMeansResult`, which has a report and assigns new rows.
-
-    Attributes:
-        centroids: (K, Dt) in the teacher's space.
-        labels: (N,) int64, -1 where a sample has none; or (N, L), the centroids of a mixture, nearest first where they were
-            found by distance. None in online mode, where the label of a sample is the centroid nearest to its feature.
-    """
-
-    centroids: Tensor
-    labels: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        check.matrix("centroids", self.centroids)
-        if self.labels is not None:
-            labels = check_labels("labels", self.labels)
-            num = self.centroids.shape[0]
-            label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
-
-    def checksum(self) -> int:
-        """Of centroids and labels, which all ranks must have alike."""
-        return checksum(self.centroids, *([] if self.labels is None else [self.labels]))
-
-    def to(self, device: torch.device | str) -> "Clustering":
-        """The same on another device."""
-        return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
 
 
 def nearest_label(labels: Tensor) -> Tensor:
@@ -59,11 +26,6 @@ def nearest_label(labels: Tensor) -> Tensor:
 def several_labels(labels: Tensor) -> Tensor:
     """(N, L), also where each sample has one label (N,)."""
     return labels[:, None] if labels.dim() == 1 else labels
-
-
-def checksum(*tensors: Tensor) -> int:
-    """A number that differs between tensors of different bits, as far as 32 of them can tell."""
-    return zlib.crc32(b"".join(x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes() for x in tensors))
 
 
 @dataclass(frozen=True)
@@ -97,6 +59,8 @@ class PrototypeTerm:
         valid_mask(self.valid, num)
         if not bool(self.valid.any()):
             raise ValueError("valid must leave at least one prototype, got none")
+        if self.labels is not None:
+            check_labels("labels", self.labels)
         check.finite("prototypes", self.prototypes[self.valid])
         check.finite("teacher_centroids", self.teacher_centroids[self.valid])
 

@@ -4,12 +4,16 @@ import errno
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from ..clustering.files import companion as companion
+from ..clustering.files import naming as naming
+from ..clustering.files import write_atomically as write_atomically
 
 try:
     import fcntl
@@ -18,11 +22,6 @@ except ImportError:  # Windows
 
 # What file systems say that cannot reserve space or lock.
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)
-
-
-def companion(path: Path, suffix: str) -> Path:
-    """``caps.npy`` and ``.json`` make ``caps.npy.json``: the whole name, as ``caps.train`` and ``caps.val`` share a stem."""
-    return path.with_name(path.name + suffix)
 
 
 def open_rows(path: str | os.PathLike[str]) -> "np.memmap[Any, Any]":
@@ -55,38 +54,6 @@ def open_rows(path: str | os.PathLike[str]) -> "np.memmap[Any, Any]":
     if rows.dtype.kind != "f" or rows.dtype.itemsize > 8:
         raise TypeError(f"{name} must hold floats of 16, 32 or 64 bits, got {rows.dtype}")
     return rows
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An error of the file system, such as a full disk, names the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make a file that is complete and on the disk, or not there at all under its name."""
-    temporary = companion(path, ".tmp")
-    with naming(path):
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    with suppress(OSError):  # not every system opens folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def reserve(file: BinaryIO, size: int) -> None:

@@ -10,6 +10,7 @@ from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans
 from protoclip_losses.clustering import assign as assign_module
 from protoclip_losses.clustering import torch_engine
 from protoclip_losses.clustering.assign import assign, nearest
+from protoclip_losses.clustering.lloyd import Lloyd
 from protoclip_losses.clustering.origin import SAMPLED_CENTROIDS, centroid_origin, robust_origin
 from protoclip_losses.clustering.points import ShardedPoints
 from protoclip_losses.distributed import RankRows
@@ -216,7 +217,7 @@ def test_float64_is_used_where_float32_would_round_distances_away():
     def dtype_of(x, spherical=False):
         points = ShardedPoints(x, torch.arange(len(x)), RankRows(None, [len(x)]))
         origin, dtype = torch_engine._frame(points, K, spherical)
-        run = torch_engine._Lloyd(points, K, spherical, origin, dtype)
+        run = Lloyd(points, K, spherical, origin, dtype)
         run.start(0, 0, None)
         return torch.float64 if dtype == torch.float64 or run.rounding_hides_distances() else torch.float32
 

@@ -9,6 +9,7 @@ from helpers import blobs, seeded
 from protoclip_losses import KMeans
 from protoclip_losses.clustering import torch_engine
 from protoclip_losses.clustering.assign import Scores
+from protoclip_losses.clustering.lloyd import Lloyd
 from protoclip_losses.clustering.points import KMeansConfig, ShardedPoints
 from protoclip_losses.distributed import RankRows
 
@@ -26,7 +27,7 @@ def sharded(features):
 def lloyd(features, num_clusters, seed=0, run=0):
     """A run on these features after its start."""
     points = sharded(features)
-    started = torch_engine._Lloyd(points, num_clusters, False, *torch_engine._frame(points, num_clusters, False))
+    started = Lloyd(points, num_clusters, False, *torch_engine._frame(points, num_clusters, False))
     started.start(seed, run, None)
     return started
 
@@ -86,7 +87,10 @@ def test_a_run_ends_when_no_label_changes_or_the_objective_stands_still():
 
 def test_the_best_of_several_runs_is_kept():
     features = spread(400, 4)
-    single = [lloyd(features, 40, 7, run).run(20, 0, 7, run).objectives[-1] for run in range(4)]
+    runs = [lloyd(features, 40, 7, run) for run in range(4)]
+    for number, run in enumerate(runs):
+        list(run.iterations(20, 0, 7, number))
+    single = [run.objectives[-1] for run in runs]
     best = KMeans(40, backend="torch", seed=7, nredo=4, tol=0).fit(features)
     assert len(set(single)) > 1
     assert best.report.objectives[-1] == min(single)

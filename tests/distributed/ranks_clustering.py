@@ -13,6 +13,7 @@ from text_encoder import CAPTIONS, TextEncoder
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, TeacherAdapter
 from protoclip_losses.clustering import faiss_engine
+from protoclip_losses.clustering.checkpoint import Checkpoint
 
 SAMPLES, K = 60, 6
 STUDENTS = {"image": unit(SAMPLES, 4, 1, torch.float32), "text": unit(SAMPLES, 4, 2, torch.float32)}
@@ -39,6 +40,49 @@ def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
         again = EpisodicClusterer(K, **settings).fit(own)
         assert torch.equal(again.centroids, clusters.centroids)
         assert torch.equal(again.labels, clusters.labels)
+
+
+@rank_case
+def rows_in_blocks_weights_and_a_checkpoint_are_those_of_one_process(rank, world_size, folder):
+    """All ranks stop in the third state, which rank 0 has not written: they go on from the second."""
+    shares = [60] if world_size == 1 else [30, 1, 0, 25][:world_size]
+    x = unit(sum(shares), 4, 5, torch.float32)
+    weights = torch.rand(len(x), generator=torch.Generator().manual_seed(1)) + 0.1
+    rows = own_rows(rank, shares)
+    own = [x[rows].numpy(), x[:0].numpy()]
+    whole = KMeans(K, tol=0, **LOCAL).fit(x, weights=weights)
+    blocks = KMeans(K, tol=0).fit(own, weights=weights[rows])
+    assert torch.allclose(blocks.centroids, whole.centroids, atol=1e-5)
+    assert torch.equal(blocks.labels, whole.labels[rows])
+    assert blocks.objective == pytest.approx(whole.objective)
+
+    steps, stops, real = [], [2], Checkpoint.write
+
+    def write(self, step, tensors):
+        steps.append(step)
+        if rank > 0 or step not in stops:
+            real(self, step, tensors)
+        if step in stops:
+            raise KeyboardInterrupt
+
+    def fit(seed=0):
+        return KMeans(K, tol=0, seed=seed).fit(own, weights=weights[rows], checkpoint=folder / "state")
+
+    Checkpoint.write = write
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit()
+        with pytest.raises(ValueError, match=r"checkpoint must be of the same data and settings, got .* with seed: 0, now 1"):
+            fit(seed=1)
+        steps.clear()
+        stops.clear()
+        again = fit()
+    finally:
+        Checkpoint.write = real
+    assert steps[0] == 2
+    assert torch.equal(again.centroids, blocks.centroids)
+    assert torch.equal(again.labels, blocks.labels)
+    assert not [file for file in folder.glob("state*") if f"rank{rank}of" in file.name or world_size == 1]
 
 
 @rank_case

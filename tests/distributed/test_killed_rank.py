@@ -9,18 +9,18 @@ import torch
 from cases import unit
 
 from protoclip_losses import KMeans
-from protoclip_losses.clustering import torch_engine
+from protoclip_losses.clustering.lloyd import Lloyd
 
 
 def a_rank_dies_in_kmeans(rank, world_size, folder):
-    real = torch_engine._Lloyd._update
+    real = Lloyd._update
 
     def dying(self, changed):
         if rank == 1:
             os._exit(1)
         real(self, changed)
 
-    torch_engine._Lloyd._update = dying
+    Lloyd._update = dying
     start = time.monotonic()
     try:
         KMeans(6, backend="torch", tol=0).fit(unit(100, 4, rank, torch.float32))

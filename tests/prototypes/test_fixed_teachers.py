@@ -1,10 +1,14 @@
 """Teachers that are clustered once for the whole data set, and several labels for a sample."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from cases import unit
+from helpers import in_new_process
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, ProtoLoss, TeacherAdapter
+from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, KMeansResult, ProtoLoss, TeacherAdapter
 from protoclip_losses.prototypes import Clustering
 
 N, K, D = 60, 6, 4
@@ -52,6 +56,67 @@ def test_labels_are_by_sample_index_and_prototypes_are_the_means_of_the_episode(
         assert torch.equal(term.valid, counts > 0)
         assert torch.equal(term.labels[at], fixed.labels[EPISODE])
         assert torch.equal(term.teacher_centroids, fixed.centroids)
+
+
+@pytest.mark.parametrize("form", ["saved", "int32", "mapped_int32", "index"])
+def test_labels_of_a_whole_data_set_may_be_narrow_on_the_disk_or_in_another_order(fixed, form, tmp_path):
+    result = KMeans(K).fit(TEACHER)
+    if form == "saved":
+        result.save(tmp_path / "clusters")
+        teacher = KMeansResult.load(tmp_path / "clusters")
+    elif form == "index":
+        order = torch.randperm(len(TEACHER), generator=torch.Generator().manual_seed(1))
+        teacher = KMeans(K).fit(TEACHER[order], index=order)
+    else:
+        labels = result.labels.int()
+        if form == "mapped_int32":
+            np.save(tmp_path / "labels.npy", labels.numpy())
+            labels = torch.from_numpy(np.load(tmp_path / "labels.npy", mmap_mode="c"))
+        teacher = Clustering(result.centroids, labels)
+    built = EpisodicClusterer(3).build(bank_of(EPISODE), {"words": teacher}, internal=False)
+    expected = EpisodicClusterer(3).build(bank_of(EPISODE), {"words": fixed}, internal=False)
+    for pair, term in expected.terms.items():
+        assert built.terms[pair].labels.dtype == torch.int64
+        assert torch.equal(built.terms[pair].labels, term.labels)
+        assert torch.allclose(built.terms[pair].prototypes, term.prototypes, atol=1e-6)
+
+
+def test_ids_that_are_no_sample_indices_are_an_error():
+    teacher = KMeans(K).fit(TEACHER, index=torch.arange(len(TEACHER)) + 10**12)
+    with pytest.raises(ValueError, match="teacher 'words' must have sample indices in its index, got ids from 1000000000000 to"):
+        EpisodicClusterer(3).build(bank_of(EPISODE), {"words": teacher}, internal=False)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_labels_of_a_large_data_set_are_not_copied(tmp_path):
+    """Those of the episode are looked up alone: 16 MB of labels stay in their file."""
+    in_new_process(
+        f"""
+import threading, time
+from pathlib import Path
+import torch
+from protoclip_losses import ClusteringReport, EpisodicClusterer, FeatureBank, KMeansResult
+
+def anonymous():
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")).split()[1]) / 1024
+
+report = ClusteringReport("torch", "", (1.0,), 1.0, 1.0, 0, 0, 0, {{}})
+labels, path = torch.arange(2_000_000) % 9, {str(tmp_path / "clusters")!r}
+KMeansResult(torch.randn(9, 4), labels, torch.bincount(labels), 1.0, report).save(path)
+del labels
+index = torch.arange(0, 2_000_000, 2_000)
+bank = FeatureBank.from_features(index, image=torch.randn(1000, 4), text=torch.randn(1000, 4))
+teacher, peak, before = KMeansResult.load(path), [0], anonymous()
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+built = EpisodicClusterer(3).build(bank, {{"words": teacher}}, internal=False)
+assert torch.equal(built.terms["image", "words"].labels, index % 9)
+assert peak[0] - before < 8, peak[0] - before
+"""
+    )
 
 
 def test_fixed_and_episodic_teachers_are_built_together(fixed):

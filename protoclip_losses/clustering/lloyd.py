@@ -1,0 +1,228 @@
+"""One run of K-means in PyTorch operators: points stay where they are, in memory or not, sums travel between ranks.
+
+Lloyd's algorithm without the work that cannot change its result. After an update only the clusters that gained or lost a point
+have a new centroid. As in Hamerly's algorithm, each point has one bound, on the scores of all centroids but its own: while its
+own score is above the bound, it is compared with the centroids that moved alone, and otherwise with all K. With about ten points
+per centroid most clusters settle within a few iterations.
+
+    Hamerly, "Making k-means even faster", SDM 2010: one bound for each point.
+    Efraimidis, Spirakis, "Weighted random sampling with a reservoir", Inf. Process. Lett. 97 (2006): exponential keys.
+    Bahmani et al., "Scalable k-means++", VLDB 2012 (k-means||): seeding in a few rounds.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._dtypes import sum_dtype
+from .assign import Scores, directions, exceeds_rounding, row_lengths, squared_distances
+from .points import EngineResult, ShardedPoints, segment_sums_and_counts
+from .row_source import STRIPE_ROWS, chosen_rows
+
+SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
+STATE = ("labels", "score", "bound", "is_empty", "changed", "centroids")
+
+
+def exponential_keys(seed: int, run: int, draw: int, total: int) -> Tensor:
+    """An exponential random number for each point of all ranks: divided by weights, the smallest are a weighted draw.
+
+    Efraimidis and Spirakis (2006). The keys belong to positions, so that a draw does not depend on the number of ranks.
+    """
+    state = np.random.SeedSequence([seed, run, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    keys = torch.empty(total, dtype=torch.float32, device="cpu")
+    return keys.exponential_(generator=torch.Generator("cpu").manual_seed(int(state)))
+
+
+class Lloyd:
+    """One run. Scores are ``x.c - |c|^2 / 2`` about ``origin``: the nearest centroid has the highest.
+
+    With ``spherical`` x is the direction of a point, whose nearest centroid is that of the point, however long that is.
+    """
+
+    def __init__(self, points: ShardedPoints, num_clusters: int, spherical: bool, origin: Tensor, dtype: torch.dtype) -> None:
+        self.points, self.num_clusters, self.spherical = points, num_clusters, spherical
+        count, device = len(points.position), points.device
+        self.labels = torch.zeros(count, dtype=torch.int64, device=device)
+        self.score = torch.full((count,), -torch.inf, device=device, dtype=dtype)  # of each point's own centroid
+        self.bound = self.score.clone()  # no other centroid's score is above it
+        self.is_empty = torch.ones(num_clusters, dtype=torch.bool, device=device)
+        self.changed = torch.zeros(num_clusters, dtype=torch.bool, device=device)  # clusters that gained or lost a point here
+        self.centroids = torch.zeros((num_clusters, points.points.shape[1]), device=device, dtype=dtype)
+        self.origin = origin.to(dtype)
+        self.squared_norms = torch.zeros(count, device=device, dtype=dtype)
+        self.lengths = torch.ones(count if spherical else 0, device=device, dtype=sum_dtype(device))  # of the points
+        self.objectives: list[float] = []
+        self.reseeded = 0
+        for part, block in points.blocks():
+            self.squared_norms[part] = self._scored(block).square().sum(1)
+            if spherical:
+                self.lengths[part] = row_lengths(block)
+
+    def iterations(self, niter: int, tol: float, seed: int, run: int) -> Iterator[None]:
+        """Run to the end from where the state is; yields after each iteration, and before the first."""
+        if not self.objectives:
+            yield
+        while not self._has_ended(niter, tol):
+            # One collective an iteration: which clusters changed on any rank, and the objective.
+            stats = self.score.new_zeros(self.num_clusters + 1, dtype=sum_dtype(self.score.device))
+            stats[:-1] = self.changed
+            stats[-1] = self.points.weighted(self._point_distances()).sum(dtype=stats.dtype)
+            stats = self.points.sum(stats)
+            self.objectives.append(float(stats[-1]))
+            previous = self.centroids.clone()
+            self._update(stats[:-1].nonzero()[:, 0])
+            self.reseeded += self._reseed(seed, run, SEEDING_ROUNDS + len(self.objectives))
+            self.changed.zero_()
+            self._reassign((self.centroids != previous).any(1))
+            yield
+
+    def _has_ended(self, niter: int, tol: float) -> bool:
+        objectives = self.objectives
+        has_converged = len(objectives) > 1 and objectives[-2] - objectives[-1] <= tol * objectives[-2]
+        return len(objectives) == niter or has_converged
+
+    def result(self) -> EngineResult:
+        """Of the run as far as it went."""
+        centroids = (self.centroids + self.origin).float()
+        return EngineResult(centroids, tuple(self.objectives), self.reseeded, self._certain_labels())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next iterations depend on; what can be computed from the points alone is left out."""
+        tensors = {name: getattr(self, name) for name in STATE}
+        numbers = torch.tensor([*self.objectives, float(self.reseeded)], dtype=torch.float64, device="cpu")
+        return {**tensors, "labels": self.labels.int(), "objectives_and_reseeded": numbers}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state` of the same points."""
+        for name in STATE:
+            getattr(self, name).copy_(state[name])
+        *self.objectives, reseeded = state["objectives_and_reseeded"].tolist()
+        self.reseeded = int(reseeded)
+
+    def _certain_labels(self) -> Tensor:
+        """Labels whose score is above the bound by more than rounding, that of the centroids which are returned too, and -1."""
+        labels, distances, width = self.labels.clone(), self._squared_distances(), self.centroids.shape[1]
+        for start in range(0, len(labels), STRIPE_ROWS):  # or ten temporary vectors would be of all points
+            part = slice(start, start + STRIPE_ROWS)
+            gap = self.score[part] - self.bound[part]
+            labels[part][~exceeds_rounding(gap, self.squared_norms[part], distances[part], width, self.origin)] = -1
+        return labels
+
+    def rounding_hides_distances(self) -> bool:
+        """Whether scores are rounded by more than a hundredth of the objective, and another dtype is there to do better."""
+        if self.score.dtype == sum_dtype(self.score.device):
+            return False
+        distances, squared_norms = (x.to(sum_dtype(x.device)) for x in (self._squared_distances(), self.squared_norms))
+        rounding = 8 * torch.finfo(self.score.dtype).eps * (squared_norms + distances)
+        stats = torch.stack([rounding.where(self._is_apart(distances), 0).sum(), distances.sum()])
+        total_rounding, objective = self.points.sum(stats).tolist()
+        return bool(total_rounding > 0.01 * objective)
+
+    def _scored(self, block: Tensor) -> Tensor:
+        """What is scored of a block of points: their differences from the origin, or those of their directions."""
+        return (directions(block, self.origin.dtype) if self.spherical else block.to(self.origin.dtype)) - self.origin
+
+    def _squared_distances(self) -> Tensor:
+        """Squared distance of what is scored from its centroid, for each point."""
+        distances = (self.squared_norms - 2 * self.score).clamp(min=0)
+        # Where the two are almost equal no digit is left, and the difference of the rows is taken.
+        for part, block in self.points.blocks(chosen_rows(distances < 1e-5 * self.squared_norms)):
+            own = self.centroids[self.labels[part]]
+            distances[part] = squared_distances(self._scored(block), own).to(distances.dtype)
+        return distances
+
+    def _point_distances(self) -> Tensor:
+        """Squared distance of each point from its centroid: with ``spherical``, |p - c|^2 = |p| |p / |p| - c|^2 + (|p| - 1)^2."""
+        distances = self._squared_distances()
+        return distances * self.lengths + (self.lengths - 1).square() if self.spherical else distances
+
+    def _is_apart(self, distances: Tensor) -> Tensor:
+        """Which points differ from their centroid by more than rounding."""
+        return distances > 1e-13 * self.squared_norms
+
+    def start(self, seed: int, run: int, init: Tensor | None) -> None:
+        """The first centroids, and the nearest of them for each point.
+
+        Each round compares all points with the centroids of that round alone, so that seeding costs one assignment.
+        """
+        columns = torch.arange(self.num_clusters, device=self.labels.device)
+        everything = torch.ones_like(self.labels, dtype=torch.bool)
+        drawn = torch.zeros_like(everything)
+        if init is not None:
+            self._place(columns, init.to(self.centroids.device))
+            self._try_reassign(columns, everything)
+        else:
+            weights = torch.ones_like(self.score)
+            for number, part in enumerate(columns.tensor_split(min(SEEDING_ROUNDS, self.num_clusters))):
+                points, positions = self._draw(len(part), seed, run, number, self.points.weighted(weights).masked_fill(drawn, 0))
+                drawn |= self.points.is_at(positions)
+                self._place(part, points)
+                self._try_reassign(part, everything)
+                # Equal points are drawn when no other is left.
+                weights = self._point_distances()
+                weights = weights.clamp(min=torch.finfo(weights.dtype).tiny * 1e8)
+        self.changed[self.labels] = True
+
+    def _draw(self, count: int, seed: int, run: int, draw: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to ``count`` different points of all ranks in proportion to ``weights`` (n,), and their positions."""
+        keys = exponential_keys(seed, run, draw, self.points.total).to(weights.device)[self.points.position]
+        return self.points.smallest(keys / weights, count)
+
+    def _place(self, columns: Tensor, points: Tensor) -> None:
+        """Put these centroids at these points."""
+        points = directions(points, sum_dtype(points.device)) if self.spherical else points
+        self.centroids[columns] = points.to(self.origin.dtype) - self.origin
+
+    def _update(self, changed: Tensor) -> None:
+        """Means of the clusters that gained or lost a point; an empty one keeps its centroid."""
+        segment = torch.full((self.num_clusters,), -1, device=changed.device, dtype=torch.int32)
+        segment[changed] = torch.arange(len(changed), device=changed.device, dtype=torch.int32)
+        origin = None if self.spherical else self.origin
+        points, weights = self.points.points, self.points.weights
+        sums = self.points.sum(segment_sums_and_counts(segment[self.labels], points, len(changed), origin, weights))
+        self.is_empty[changed] = sums[:, -1] == 0
+        means = sums[:, :-1] / sums[:, -1:]
+        means = (directions(means, means.dtype) - self.origin if self.spherical else means).to(self.centroids.dtype)
+        self.centroids[changed] = means.where(sums[:, -1:] > 0, self.centroids[changed])
+
+    def _reseed(self, seed: int, run: int, draw: int) -> int:
+        """Move empty clusters to points far from their centroids; how many there were points for."""
+        empty = self.is_empty.nonzero()[:, 0]
+        if len(empty) == 0:
+            return 0
+        is_apart = self._is_apart(self._squared_distances())
+        weights = self.points.weighted(self._point_distances())
+        points, _ = self._draw(len(empty), seed, run, draw, weights.where(is_apart, 0))
+        self._place(empty[: len(points)], points)
+        return len(points)
+
+    def _reassign(self, moved: Tensor) -> None:
+        """Update labels, scores and bounds after the centroids ``moved`` (K,) changed."""
+        half_norms = self.centroids.square().sum(1) / 2
+        for part, block in self.points.blocks(chosen_rows(moved[self.labels])):
+            labels = self.labels[part]
+            self.score[part] = (self._scored(block) * self.centroids[labels]).sum(1) - half_norms[labels]
+        below = self.score < self.bound
+        self._try_reassign(moved.nonzero()[:, 0], ~below)
+        self.bound[below] = -torch.inf
+        self._try_reassign(torch.arange(self.num_clusters, device=moved.device), below)
+
+    def _try_reassign(self, columns: Tensor, rows: Tensor) -> None:
+        """Reassign the points of this mask (n,) to the nearest of these centroids where it is nearer than their own."""
+        if len(columns) == 0 or len(rows) == 0:
+            return
+        scores = Scores(self.centroids[columns])
+        for part, block in self.points.blocks(chosen_rows(rows), scores.step):
+            best, winner, second = scores.best(self._scored(block))
+            label, score, own = columns[winner], self.score[part], self.labels[part]
+            nearer, differs = best > score, label != own
+            # The highest score but that of the point's centroid: among the others compared, and the one that it leaves.
+            other = second.where(nearer | ~differs, best)
+            other = torch.where(nearer & differs, torch.maximum(other, score), other)
+            self.bound[part] = torch.maximum(self.bound[part], other)
+            self.score[part] = best.where(nearer, score)
+            self.labels[part] = new = label.where(nearer, own)
+            moved = new != own
+            self.changed[torch.cat([own[moved], new[moved]])] = True

@@ -1,0 +1,56 @@
+"""A teacher's clustering, as prototypes are made from it."""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._dtypes import INTEGERS
+from ..functional._labels import check_labels, label_range
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A teacher's clustering: K centroids, and the label of each sample if labels are stored.
+
+    **Use it when:** samples were clustered elsewhere: :meth:`EpisodicClusterer.build` takes one in place of a teacher.
+    **Not when:** the library clusters them: :meth:`EpisodicClusterer.fit_teacher` and ``build`` make theirs.
+    **Related:** :class:`KMeansResult`, which has a report and assigns new rows.
+
+    Attributes:
+        centroids: (K, Dt) in the teacher's space.
+        labels: (N,) of an integer dtype, -1 where a sample has none; or (N, L), the centroids of a mixture, nearest first where
+            they were found by distance. They may be memory-mapped. None in online mode, where the label of a sample is the
+            centroid nearest to its feature.
+    """
+
+    centroids: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check.matrix("centroids", self.centroids)
+        if self.labels is not None:
+            labels, num = self.labels, self.centroids.shape[0]
+            # A teacher's may be narrow ones; a term's have to be int64, as all labels of the losses.
+            check_labels("labels", labels[:0].long() if isinstance(labels, Tensor) and labels.dtype in INTEGERS else labels)
+            low, high = (int(x) for x in labels.aminmax()) if labels.numel() else (0, 0)
+            if low < -1 or high >= num:  # only then a copy: labels of a whole data set may lie on a disk
+                label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
+
+    def checksum(self) -> int:
+        """Of centroids and labels, which all ranks must have alike."""
+        return checksum(self.centroids, *([] if self.labels is None else [self.labels]))
+
+    def to(self, device: torch.device | str) -> "Clustering":
+        """The same on another device."""
+        return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
+
+
+def checksum(*tensors: Tensor) -> int:
+    """A number that differs between tensors of different bits, as far as 32 of them can tell."""
+    number = 0
+    for x in tensors:
+        number = zlib.crc32(x.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data, number)
+    return number
