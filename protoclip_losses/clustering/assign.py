@@ -35,7 +35,7 @@ def assign(points: Tensor, centroids: Tensor, known: Tensor | None = None, *, sp
     labels = nearest(points, centroids, 1, known, spherical=spherical)[:, 0]
     rows = rows_per_copy(points.shape[1], points.device)
     # From the difference itself: expanding the square loses all digits of a small distance.
-    parts = zip(points.split(rows), labels.split(rows), strict=True)
+    parts = zip(torch.split(points, rows), torch.split(labels, rows), strict=True)
     return labels, torch.cat([squared_distances(part, centroids[own]) for part, own in parts])
 
 
