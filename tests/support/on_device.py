@@ -74,7 +74,9 @@ def pytest_configure(config):
             ) from None
     if config.getoption("device") == pretend_device.NAME:
         if not pretend_device.is_possible():
-            raise pytest.UsageError(f"--device {pretend_device.NAME}: torch {torch.__version__} has no devices in Python")
+            raise pytest.UsageError(
+                f"--device {pretend_device.NAME}: torch {torch.__version__} is not a CPU build of 2.9 or later"
+            )
         pretend_device.register()
         device = torch.device(pretend_device.NAME, 0)
     if device.type == "cuda":
@@ -142,6 +144,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 def pytest_collection_modifyitems(config, items):
     on_cpu = config.stash[DEVICE].type == "cpu"
+    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None)  # last: a pretended device stays in the process
     left_out = [] if on_cpu else [item for item in items if stays_on_cpu(item)]
     config.stash[NOT_RUN] = len(left_out)
     if left_out:
