@@ -37,7 +37,7 @@ def milliseconds(call: Call, device: str = "cpu") -> float:
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     begin.record()
     call()

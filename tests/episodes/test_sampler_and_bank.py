@@ -391,11 +391,12 @@ def test_the_type_of_storage_is_asked_for_and_not_the_features(dtype):
 
 
 def test_a_bank_of_features_lies_on_their_device():
-    """Other devices than the CPU run no comparison here: the constructor gets the one of the features."""
-    bank = FeatureBank.from_features(INDEX, IMAGE[INDEX], TEXT[INDEX])
-    assert bank.index.device == bank.features["image"].device == IMAGE.device
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        FeatureBank.from_features(INDEX, IMAGE[INDEX].to("meta"), TEXT[INDEX].to("meta"))
+    """The samples are looked up by an index on the CPU, whose values can be read when those on the device cannot."""
+    for device in ("cpu", "meta"):
+        bank = FeatureBank.from_features(INDEX, IMAGE[INDEX].to(device), TEXT[INDEX].to(device))
+        assert {bank.index.device.type, bank.written.device.type, bank.features["image"].device.type} == {device}
+    with pytest.raises(IndexError, match="not in it"):
+        bank.update(INDEX.max()[None] + 1, IMAGE[:1].to("meta"), TEXT[:1].to("meta"))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_any_budget_gives_the_same_answer(name):
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "PrototypeLoss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.cpu_only
 def test_a_call_stays_within_its_budget(name, dtype):
     """All that a call and its backward allocate; without a budget they take more."""
     h, budget = leaf(H.to(dtype)), MIB

@@ -20,7 +20,8 @@ from torch.utils._device import _device_constructors
 
 import protoclip_losses
 
-TESTS = Path(__file__).parents[1]
+TESTS = f"{Path(__file__).parents[1]}/"
+LIBRARY = f"{Path(protoclip_losses.__file__).parent}/"
 DEVICE_FOLDERS = ("clustering", "episodes", "functional", "kernels", "losses", "prototypes")
 DTYPES = ("float32", "bfloat16", "float16")
 MADE = {*_device_constructors(), torch.from_numpy}
@@ -48,10 +49,10 @@ class MadeOn(TorchFunctionMode):
 
 
 def _is_of_a_test(frame):
-    """Whether a test, or what tests share, calls torch here: the library may, and torch itself for either."""
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "_pytest"):
+    """Whether a test, or what tests share, calls torch here, perhaps through scikit-learn, and not the library."""
+    while frame is not None and not frame.f_code.co_filename.startswith((TESTS, LIBRARY)):
         frame = frame.f_back
-    return frame is not None and TESTS in Path(frame.f_code.co_filename).parents
+    return frame is not None and frame.f_code.co_filename.startswith(TESTS)
 
 
 MODE = MadeOn()
@@ -73,7 +74,9 @@ def pytest_configure(config):
             ) from None
     if config.getoption("device") == pretend_device.NAME:
         if not pretend_device.is_possible():
-            raise pytest.UsageError(f"--device {pretend_device.NAME}: torch {torch.__version__} has no devices in Python")
+            raise pytest.UsageError(
+                f"--device {pretend_device.NAME}: torch {torch.__version__} is not a CPU build of 2.9 or later"
+            )
         pretend_device.register()
         device = torch.device(pretend_device.NAME, 0)
     if device.type == "cuda":
@@ -116,8 +119,8 @@ def stays_on_cpu(item):
         return False
     if device_of(item) is None or any(item.get_closest_marker(mark) for mark in ("cpu_only", "distributed")):
         return True
-    if device_of(item).type == pretend_device.NAME and "compile" in item.nodeid:  # it cannot trace Python
-        return True
+    if device_of(item).type == pretend_device.NAME and any(word in item.nodeid for word in ("compile", "inference")):
+        return True  # which a device in Python cannot do
     return "raises" in item.function.__code__.co_names
 
 
@@ -141,6 +144,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 def pytest_collection_modifyitems(config, items):
     on_cpu = config.stash[DEVICE].type == "cpu"
+    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None)  # last: a pretended device stays in the process
     left_out = [] if on_cpu else [item for item in items if stays_on_cpu(item)]
     config.stash[NOT_RUN] = len(left_out)
     if left_out:

@@ -84,8 +84,12 @@ class _Module:
 
 
 def is_possible():
-    """Whether this version of torch lets Python be a device."""
-    return hasattr(torch._C, "_acc") and hasattr(torch._C._acc, "register_python_privateuseone_device_guard")
+    """Whether this torch lets Python be a device: a CUDA build then cannot tell which of the two is its accelerator."""
+    return (
+        torch.version.cuda is None
+        and hasattr(torch._C, "_acc")
+        and hasattr(torch._C._acc, "register_python_privateuseone_device_guard")
+    )
 
 
 def register():
