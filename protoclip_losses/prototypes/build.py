@@ -1,5 +1,6 @@
 """Episodic clustering: K-means of each teacher's features over one episode, then back translation into each student's space."""
 
+import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,9 +110,17 @@ class EpisodicClusterer:
         check.warn_renamed("EpisodicClusterer.report", "Prototypes.report")
         return None if self.previous is None else self.previous.report
 
-    def fit(self, features: Tensor | Iterable[Any], **arguments: Any) -> KMeansResult:
+    def fit(
+        self,
+        features: Tensor | Iterable[Any],
+        *,
+        init: Tensor | None = None,
+        index: Tensor | None = None,
+        weights: Tensor | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> KMeansResult:
         """Cluster this rank's rows (N, D) together with those of all ranks, with no prototypes: see :meth:`KMeans.fit`."""
-        return self._kmeans().fit(features, **arguments)
+        return self._kmeans().fit(features, init=init, index=index, weights=weights, checkpoint=checkpoint)
 
     @plain_arithmetic()
     def fit_teacher(self, teacher: "TeacherAdapter") -> Clustering:
