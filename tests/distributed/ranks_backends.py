@@ -11,10 +11,11 @@ import torch.distributed as dist
 from cases import assert_near, episode, leaf, unit
 from rank_cases import rank_case
 from ranks import SHARES, own_rows
+from reads import seen
 from torch.distributed.device_mesh import init_device_mesh
 
 from protoclip_losses import EpisodicClusterer, InfoNCE, KMeans, ProtoLoss, _checks
-from protoclip_losses.distributed import active_group, collective_device
+from protoclip_losses.distributed import RankRows, active_group, collective_device
 
 
 def gloo_by_another_name(store, rank, world_size, timeout):
@@ -46,7 +47,12 @@ def is_exact(group, rank, world_size):
 @rank_case(world_sizes=(2,))
 def backends_of_any_name(rank, world_size, folder):
     for backend in ("gloo", "cpu:gloo", "cpu:gloo,cuda:gloo", registered("hostgloo", ["cpu"]), "cpu:hostgloo,cuda:gloo"):
-        is_exact(dist.new_group(list(range(world_size)), backend=backend), rank, world_size)
+        group = dist.new_group(list(range(world_size)), backend=backend)
+        is_exact(group, rank, world_size)
+        x = torch.arange(float(world_size))
+        with seen() as found:  # what a backend of which nothing is known may lack, it is not asked for
+            assert RankRows(group, [1] * world_size).sum_of_own(x) == world_size * x[rank]
+        assert found.collectives == [("_collectives", "_reduced" if "hostgloo" in backend else "sum_of_own")]
 
 
 @rank_case(world_sizes=(2,))
