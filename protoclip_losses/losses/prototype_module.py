@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, check_process_group
+from ..distributed import Group, RankRows, active_group, check_process_group
 from ..kernels.autograd import constants
 from ..prototypes.extra_state import StateTensor, pack, unpack
 from ..prototypes.source import BatchFeatures, PrototypeSource
@@ -16,6 +16,7 @@ from .module import LossModule
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
 from .training_calls import TrainingCall, TrainingCalls
+from .warning_signs import warn_of_clusters
 
 SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
@@ -68,7 +69,8 @@ class PrototypeModule(LossModule):
         """
         if prototypes is not None and not isinstance(prototypes, PrototypeSource):
             raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
-        self._terms.use.tell()
+        self._terms.watch.tell()
+        warn_of_clusters(prototypes, active_group(self.process_group))
         with constants():
             terms = WeightedTerms(prototypes, self.settings)
             terms.fill()
@@ -81,7 +83,8 @@ class PrototypeModule(LossModule):
             return first.terms, first
         if self._prototypes is not None and self._prototypes.version != self._terms.version:
             with constants():
-                self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
+                # Targets come as needed: no step waits for all.
+                self._terms = WeightedTerms(self._prototypes, self.settings, self._terms.watch)
         return self._terms, None
 
     def _end(
@@ -109,7 +112,7 @@ class PrototypeModule(LossModule):
 
     def get_extra_state(self) -> StateTensor:
         """The prototypes as one tensor: what ``state_dict()`` saves. In online mode with the queue of this rank."""
-        self._terms.use.tell()
+        self._terms.watch.tell()
         source = self._prototypes
         # After the last step of an online cycle the terms here are still those of the prototypes before.
         is_current = source is not None and source.version == self._terms.version
