@@ -16,7 +16,7 @@ from .module import LossModule
 from .settings import ObjectiveSettings
 from .terms import WeightedTerms
 from .training_calls import TrainingCall, TrainingCalls
-from .warning_signs import warn_of_clusters
+from .warning_signs import PrototypeWatch, warn_of_clusters
 
 SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
@@ -72,7 +72,7 @@ class PrototypeModule(LossModule):
         self._terms.watch.tell()
         warn_of_clusters(prototypes, active_group(self.process_group))
         with constants():
-            terms = WeightedTerms(prototypes, self.settings)
+            terms = WeightedTerms(prototypes, self.settings, PrototypeWatch(prototypes, self._terms.watch))
             terms.fill()
         self._prototypes, self._terms, self._is_set = prototypes, terms, True
 

@@ -101,7 +101,7 @@ class WeightedTerms:
     Args:
         source: of the terms; None for no terms.
         settings: of the loss.
-        watch: of the terms before, if these are the next ones of the same source.
+        watch: of the terms, if that of the ones before goes on.
 
     Raises:
         ValueError: no weight for an external teacher, a weight for a teacher that there is not, or without back translation

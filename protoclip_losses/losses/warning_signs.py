@@ -18,6 +18,7 @@ from ..kernels.autograd import in_backward
 from ..prototypes.source import PrototypeSource, several_labels
 
 PER_PROTOTYPE = 10  # samples for each prototype: of the paper's episodes, and of a window where there are none
+BEGUN = 100  # training calls before which a training looks like one that goes wrong
 WHOLE = 0.9  # of an episode, which loses its last batch
 TIMES = 3  # how often an episode's prototypes may be used
 NEAR = 0.01  # of log K: how far from it the loss of a model that knows nothing stays
@@ -55,9 +56,11 @@ class PrototypeWatch:
 
     Args:
         source: of the prototypes.
+        before: the watch of the loss's prototypes before.
     """
 
-    def __init__(self, source: PrototypeSource | None) -> None:
+    def __init__(self, source: PrototypeSource | None, before: "PrototypeWatch | None" = None) -> None:
+        self.calls = 0 if before is None else before.calls  # of a training step with prototypes
         self.num_samples = None if source is None else source.num_samples
         self.calls_per_step = 1 if source is None else source.calls_per_step
         self.names: Sequence[str] = ()
@@ -66,7 +69,6 @@ class PrototypeWatch:
         self.used = self.rows = 0.0  # since the prototypes were set, and in the window
         self.sums: Tensor | None = None  # (4, terms) of the window: samples, hits, distances of losses from log K, log K
         self.windows: list[Tensor] = []  # the last one that is complete
-        self.is_young = self.num_samples is None  # online, the first prototypes are those of a training that has only begun
 
     def follow(self, names: Sequence[str], prototypes: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """The terms from now on: their names, and the prototypes (K, D) with the mask of valid ones (K,) of each."""
@@ -83,6 +85,7 @@ class PrototypeWatch:
                 f"the same prototypes have been used for more than {TIMES} times the samples of their episode: features have "
                 "moved since, so build and set them again (or None for InfoNCE only)"
             )
+        self.calls += 1
         rows = ranks.total / self.calls_per_step
         self.used, self.rows = self.used + rows, self.rows + rows
         if self.log_k.device != counts.device:
@@ -93,22 +96,23 @@ class PrototypeWatch:
         batch = torch.stack([count, hit, (total - wanted).abs(), wanted])
         self.sums = batch if self.sums is None else self.sums.to(batch.device) + batch
         if self.rows >= WHOLE * (self.num_samples or PER_PROTOTYPE * self.num_prototypes):
-            self.windows = [] if self.is_young else [self.sums]
-            self.sums, self.rows, self.is_young = None, 0.0, False
+            self.windows, self.sums, self.rows = [self.sums], None, 0.0
             if may_read_values(*self.windows):
                 self.tell()
 
     def tell(self) -> None:
         """Warn of what the last window showed. A step on an accelerator would wait to know it."""
+        has_begun = self.calls >= BEGUN
         while self.windows:
             for name, (samples, hits, distance, log_k) in zip(self.names, self.windows.pop().T.tolist(), strict=True):
                 by_chance = samples * math.exp(-log_k / max(samples, 1))
-                if by_chance >= PER_PROTOTYPE / 2 and hits <= by_chance + 2 * math.sqrt(by_chance):
+                is_enough = by_chance >= PER_PROTOTYPE / 2 and (has_begun or self.num_samples is not None)
+                if is_enough and hits <= by_chance + 2 * math.sqrt(by_chance):
                     check.warn_once(
                         f"prototype_accuracy/{name} is at chance: are image and text swapped, or is index that of another data "
                         "set? Features that have collapsed look the same, and so does a training that has only begun"
                     )
-                if log_k > 0 and distance <= NEAR * log_k:
+                if has_begun and log_k > 0 and distance <= NEAR * log_k:
                     check.warn_once(
                         f"the prototype loss of {name} has stayed within {NEAR:.0%} of log K for a whole episode, as if all "
                         "prototypes were equal: have features collapsed, is logit_scale_proto near 1, or are soft targets "
