@@ -23,7 +23,9 @@ WHOLE = 0.9  # of an episode, which loses its last batch
 TIMES = 3  # how often an episode's prototypes may be used
 NEAR = 0.01  # of log K: how far from it the loss of a model that knows nothing stays
 EMPTY = 0.5  # of the clusters
-LARGE, TIMES_MEAN = 0.1, 5  # the share of all samples that one cluster may hold, and how often the mean one where K is small
+# The share of all samples that one cluster may hold, and how often the mean one where K is small. An eighth is no sign of anything:
+# of the example's emoji as many are flags, and their captions' words make one cluster.
+LARGE, TIMES_MEAN = 0.2, 5
 
 
 def warn_of_clusters(source: PrototypeSource | None, group: Group | None) -> None:
@@ -60,7 +62,7 @@ class PrototypeWatch:
     """
 
     def __init__(self, source: PrototypeSource | None, before: "PrototypeWatch | None" = None) -> None:
-        self.calls = 0 if before is None else before.calls  # of a training step with prototypes
+        self.calls: int = 0 if before is None else before.calls  # of training steps with prototypes
         self.num_samples = None if source is None else source.num_samples
         self.calls_per_step = 1 if source is None else source.calls_per_step
         self.names: Sequence[str] = ()
@@ -72,6 +74,8 @@ class PrototypeWatch:
 
     def follow(self, names: Sequence[str], prototypes: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """The terms from now on: their names, and the prototypes (K, D) with the mask of valid ones (K,) of each."""
+        if names != self.names:  # a term has lost its weight, or gained one
+            self.sums, self.rows, self.windows = None, 0.0, []
         self.names, self.num_prototypes = names, max((len(p) for p, _ in prototypes), default=0)
         sizes = [torch.full((), len(p), device=p.device) if valid is None else valid.sum() for p, valid in prototypes]
         self.log_k = torch.stack(sizes).float().log() if sizes else torch.empty(0, device="cpu")

@@ -211,6 +211,20 @@ def test_a_training_that_has_only_begun_is_near_log_k(said, monkeypatch):
     assert len(at_log_k(said)) == 1
 
 
+def test_a_term_that_loses_its_weight_online(said):
+    """In the middle of a window, which begins again."""
+    loss = ProtoLoss(target_temperature=None)
+    loss.set_prototypes(OnlinePrototypes(8, queue_size=80, every=2, warmup=2))
+    h = OWN.clone().requires_grad_()
+    for step in range(9):
+        part = SAMPLES.roll(30 * step)[:30]
+        loss(h[part], h[part], 10.0, teacher_features={"other": OWN[part]})
+        if step == 2:
+            loss.w_external = 0.0
+    assert len(loss._terms.terms) == 2
+    assert said() == []
+
+
 def labels_of(sizes):
     """(N,), as many of each label."""
     return torch.cat([torch.full((size,), label) for label, size in enumerate(sizes)])
@@ -235,9 +249,9 @@ def clustered(labels, number):
         (torch.full((9,), -1), 60, None),
         (torch.stack([torch.arange(10) // 5, 2 + torch.arange(10) % 3], 1), 10, None),  # several labels
         (torch.stack([torch.arange(10) // 5, 2 + torch.arange(10) % 2], 1), 10, "only 4 of 10"),
-        (labels_of([10, *[1] * 90]), 91, None),
-        (labels_of([11, *[1] * 90]), 91, "one of 91 clusters holds 11 of 101 samples"),
-        (labels_of([5, *[1] * 5]), 6, None),  # of few clusters each holds more than a tenth
+        (labels_of([20, *[1] * 80]), 81, None),
+        (labels_of([21, *[1] * 80]), 81, "one of 81 clusters holds 21 of 101 samples"),
+        (labels_of([5, *[1] * 5]), 6, None),  # of few clusters one may hold more than a fifth
         (labels_of([50, *[2] * 5]), 6, None),
         (labels_of([51, *[2] * 5]), 6, "one of 6 clusters holds 51 of 61 samples"),
     ],
