@@ -23,8 +23,8 @@ WHOLE = 0.9  # of an episode, which loses its last batch
 TIMES = 3  # how often an episode's prototypes may be used
 NEAR = 0.01  # of log K: how far from it the loss of a model that knows nothing stays
 EMPTY = 0.5  # of the clusters
-# The share of all samples that one cluster may hold, and how often the mean one where K is small. An eighth is no sign of anything:
-# of the example's emoji as many are flags, and their captions' words make one cluster.
+# The share of all samples that one cluster may hold, and how often the mean one where K is small. An eighth is no fault:
+# of the example's emoji as many are flags, and the words of their captions make one cluster.
 LARGE, TIMES_MEAN = 0.2, 5
 
 
