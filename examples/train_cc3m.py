@@ -190,6 +190,8 @@ class Trainer:
         self.state.log_seconds("clustering", start)
         metrics, step = self.state.metrics, self.state.progress.step
         metrics.log_scalars("clustering", prototypes.report.scalars(), step)
+        if self.state.rank == 0:
+            prototypes.report.plot(self.state.run_dir / "episode.png")
 
     def train(self, episode: Episode, schedule: Schedule) -> None:
         """One pass over the same samples, with new augmentation."""

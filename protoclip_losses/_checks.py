@@ -108,10 +108,10 @@ def finite(name: str, x: Tensor, what: str = "rows") -> None:
 def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | None) -> Tensor:
     """Return the exponentiated logit scale as a 0-d tensor in the accumulation dtype of ``like``; gradients flow through."""
     if isinstance(value, torch.nn.Parameter):
-        warn(f"{name} is a Parameter, so probably the logarithm of the scale: pass {name}.exp()", once=True)
+        warn_once(f"{name} is a Parameter, so probably the logarithm of the scale: pass {name}.exp()")
     tensor, number = _scalar(name, value, like, check_values, " (the exponentiated scale, not its log)")
     if number is not None and number <= 0:
-        warn(f"{name} is not positive, so probably the logarithm of the scale: pass {name}.exp()", once=True)
+        warn_once(f"{name} is not positive, so probably the logarithm of the scale: pass {name}.exp()")
     return tensor
 
 
@@ -196,17 +196,25 @@ def state_matches(owner: str, state: Mapping[str, Any], own: Mapping[str, Any]) 
 
 
 SAID: set[str] = set()  # what was said once
+PAGE = 'see "Warnings" in docs/dropin.rst'
 
 
-def warn(message: str, category: type[Warning] = UserWarning, *, once: bool = False) -> None:
-    """Warn at the line that called this package, through torch or not; with ``once`` the first time in this process alone."""
-    if torch.compiler.is_compiling() or message in SAID:  # a warning would break the graph
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called this package, through torch or not."""
+    if torch.compiler.is_compiling():  # a warning would break the graph
         return
-    SAID.update([message] if once else [])
     depth = 1
     while str(sys._getframe(depth).f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
         depth += 1
     warnings.warn(message, category, stacklevel=depth + 1)
+
+
+def warn_once(message: str, subject: str | None = None) -> None:
+    """Warn that training goes wrong: of each ``subject`` (the message itself by default) once in this process."""
+    subject = message if subject is None else subject
+    if not torch.compiler.is_compiling() and subject not in SAID:
+        SAID.add(subject)
+        warn(f"{message} ({PAGE})")
 
 
 def warn_renamed(old: str, new: str) -> None:

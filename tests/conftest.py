@@ -1,5 +1,7 @@
 """Fixtures that several files use."""
 
+import warnings
+
 import pytest
 from cases import set_sizes
 from on_device import (  # noqa: F401
@@ -14,7 +16,7 @@ from on_device import (  # noqa: F401
 )
 from rank_cases import pytest_pycollect_makemodule  # noqa: F401
 
-from protoclip_losses import _dtypes
+from protoclip_losses import _checks, _dtypes
 from protoclip_losses.prototypes import renewal
 
 
@@ -26,6 +28,20 @@ def form(request):
         if request.param == "accelerator":
             patch.setattr(_dtypes, "READABLE", set())
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    """What is said once in a process is said once in each test."""
+    monkeypatch.setattr(_checks, "SAID", set())
+
+
+@pytest.fixture
+def said():
+    """The messages of all warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught]
 
 
 @pytest.fixture

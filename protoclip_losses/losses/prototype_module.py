@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, check_process_group
+from ..distributed import Group, RankRows, active_group, check_process_group
 from ..kernels.autograd import constants
 from ..prototypes.batch_features import BatchFeatures
 from ..prototypes.extra_state import StateTensor, pack, unpack
@@ -17,6 +17,7 @@ from .module import LossModule
 from .settings import OF_ONE_RANK, ObjectiveSettings
 from .terms import WeightedTerms
 from .training_calls import TrainingCall, TrainingCalls
+from .warning_signs import PrototypeWatch, warn_of_clusters
 
 SETTINGS = frozenset(f.name for f in fields(ObjectiveSettings))
 
@@ -70,9 +71,10 @@ class PrototypeModule(LossModule):
         """
         if prototypes is not None and not isinstance(prototypes, PrototypeSource):
             raise TypeError(f"prototypes must be Prototypes, OnlinePrototypes or None, got {type(prototypes).__name__}")
-        self._terms.use.tell()
+        self._terms.watch.tell()
+        warn_of_clusters(prototypes, active_group(self.process_group))
         with constants():
-            terms = WeightedTerms(prototypes, self.settings)
+            terms = WeightedTerms(prototypes, self.settings, PrototypeWatch(prototypes, self._terms.watch))
             terms.fill()
         self._prototypes, self._terms, self._is_set, self._compared = prototypes, terms, True, None
 
@@ -83,7 +85,8 @@ class PrototypeModule(LossModule):
             return first.terms, first
         if self._prototypes is not None and self._prototypes.version != self._terms.version:
             with constants():
-                self._terms = WeightedTerms(self._prototypes, self.settings)  # targets come as needed: no step waits for all
+                # Targets come as needed: no step waits for all.
+                self._terms = WeightedTerms(self._prototypes, self.settings, self._terms.watch)
         return self._terms, None
 
     def _end(
@@ -111,7 +114,7 @@ class PrototypeModule(LossModule):
 
     def get_extra_state(self) -> StateTensor:
         """The prototypes as one tensor: what ``state_dict()`` saves. In online mode with the queue of this rank."""
-        self._terms.use.tell()
+        self._terms.watch.tell()
         source = self._prototypes
         # After the last step of an online cycle the terms here are still those of the prototypes before.
         is_current = source is not None and source.version == self._terms.version

@@ -14,9 +14,9 @@ from ..functional._labels import heaviest, mixed, mixture_weights
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..prototypes.batch_features import BatchFeatures
 from ..prototypes.source import PrototypeSource, PrototypeTerm
-from .misuse import UseOfPrototypes
 from .settings import ObjectiveSettings, block_limit
 from .soft_target_cache import SoftTargetCache
+from .warning_signs import PrototypeWatch
 
 
 @dataclass
@@ -42,9 +42,9 @@ class WeightedTerm:
             self.targets = SoftTargetCache(self.prototypes, self.centroids, self.valid, self.temperature)
 
     @property
-    def accuracy_name(self) -> str:
-        """Of the metric that says for how many samples their own prototype has the largest logit."""
-        return f"prototype_accuracy/{self.student}/{self.teacher}"
+    def name(self) -> str:
+        """Under which its metrics are reported."""
+        return f"{self.student}/{self.teacher}"
 
     def fill(self) -> None:
         """Compute all targets now, not when labels need them."""
@@ -102,19 +102,19 @@ class WeightedTerms:
     Args:
         source: of the terms; None for no terms.
         settings: of the loss.
+        watch: of the terms, if that of the ones before goes on.
 
     Raises:
         ValueError: no weight for an external teacher, a weight for a teacher that there is not, or without back translation
             a teacher of another width than the student.
     """
 
-    def __init__(self, source: PrototypeSource | None, settings: ObjectiveSettings) -> None:
+    def __init__(self, source: PrototypeSource | None, settings: ObjectiveSettings, watch: PrototypeWatch | None = None) -> None:
         self.terms: list[WeightedTerm] = []
         self.settings, self.version = settings, 0 if source is None else source.version
-        self.use = UseOfPrototypes(None, 0)
+        self.watch = PrototypeWatch(source) if watch is None else watch
         if source is None or not source.terms:
             return
-        self.use = UseOfPrototypes(source.num_samples, max(len(term.prototypes) for term in source.terms.values()))
         external = source.external_teachers
         settings.check_teachers(external)
         groups = [teacher if teacher in external else None for _, teacher in source.terms]
@@ -127,6 +127,7 @@ class WeightedTerms:
                 self.terms.append(
                     WeightedTerm(student, teacher, part, weight, *_constants(settings, student, teacher, term), temperature)
                 )
+        self.watch.follow([term.name for term in self.terms], [(term.prototypes, term.valid) for term in self.terms])
 
     def fill(self) -> None:
         """Compute all targets now, not when labels need them."""
@@ -166,7 +167,7 @@ class WeightedTerms:
         row_masks = [mask if mask.dim() == 1 else mask.any(1) for mask in masks]
         own_counts = torch.stack([mask.sum() for mask in row_masks])
         counts = ranks.sum(own_counts).clamp(min=1)
-        hits, own_at_least_one = [], own_counts.clamp(min=1)
+        hits, totals, own_at_least_one = [], [], own_counts.clamp(min=1)
         for i, term in enumerate(self.terms):
             safe = usable[i] * masks[i]
             h, scale = batch.students[term.student], scales[term.student]
@@ -187,9 +188,11 @@ class WeightedTerms:
                 with_accuracy=True,
             )
             parts[term.part] = parts[term.part] + term.weight * ranks.world_size * total / counts[i]
-            metrics[term.accuracy_name] = correct / own_at_least_one[i]
+            # The share of samples whose own prototype has the largest logit.
+            metrics[f"prototype_accuracy/{term.name}"] = correct / own_at_least_one[i]
             hits.append(correct)
-        self.use.see([term.accuracy_name for term in self.terms], own_counts, hits, len(safe), ranks.total)
+            totals.append(total)
+        self.watch.see(own_counts, hits, totals, ranks)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The targets of each term."""

@@ -45,7 +45,6 @@ class TrainingCalls:
         self.count = 0
         self._with_graph: list[weakref.ref[TrainingCall]] = []
         self._without_graph: list[TrainingCall] = []
-        self._has_warned = False
 
     def __reduce__(self) -> tuple[type["TrainingCalls"], tuple[()]]:
         return TrainingCalls, ()
@@ -88,9 +87,8 @@ class TrainingCalls:
             return
         call.is_observed = True
         source.observe(batch, call.labels if call.terms.version == source.version else {}, ranks)
-        if not self._has_warned and not any(h.requires_grad for h in batch.students.values()):
-            self._has_warned = True
-            check.warn(
+        if not any(h.requires_grad for h in batch.students.values()):
+            check.warn_once(
                 "features that need no gradient are taken in by the prototypes, as a training step: evaluate with loss.eval() or "
                 "under torch.no_grad()"
             )

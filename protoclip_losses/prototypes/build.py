@@ -16,11 +16,11 @@ from ..distributed import Group, RankRows, active_group, gather_sizes, rank, val
 from ..episodes import FeatureBank
 from .back_translation import back_translate_over_ranks
 from .episode import Prototypes
-from .episode_changes import compare
+from .episode_changes import report_of
 from .episode_kmeans import FeatureKMeans, fit_known
 from .episode_rows import clustering_of, first_occurrences, labels_of, modalities, with_teachers
-from .report import EpisodeReport, agreements
-from .source import Clustering, PrototypeTerm, nearest_label, several_labels
+from .report import EpisodeReport
+from .source import Clustering, PrototypeTerm
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
@@ -222,12 +222,7 @@ class EpisodicClusterer:
                 terms[student, name] = PrototypeTerm(means, valid, clustering)
             seconds["back_translate"] += time.perf_counter() - start
         prototypes = Prototypes(trained, terms)
-        start = time.perf_counter()
-        drift, changed = ({}, {}) if self.previous is None else compare(prototypes, self.previous, reports)
-        agreement = agreements({name: nearest_label(x) for name, x in prototypes.labels_by_teacher.items()})
-        seconds["compare"] = time.perf_counter() - start
-        unlabelled = {name: int((several_labels(x) < 0).all(1).sum()) for name, x in prototypes.labels_by_teacher.items()}
-        prototypes.report = EpisodeReport(reports, agreement, drift, changed, seconds, unlabelled)
+        prototypes.report = report_of(prototypes, self.previous, reports, seconds)
         self.previous = prototypes
         return prototypes
 
@@ -237,11 +232,14 @@ class EpisodicClusterer:
         return last.centroids if last is not None and last.centroids.shape == (self.num_prototypes, width) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The last prototypes: what the next episode is compared with, and with ``warm_start`` starts from."""
-        return {"format": 1, "previous": None if self.previous is None else self.previous.state_dict()}
+        """The last prototypes: what the next episode is compared with, and with ``warm_start`` starts from; and the history."""
+        history = [] if self.previous is None else [dict(values) for values in self.previous.report.history]
+        return {"format": 1, "previous": None if self.previous is None else self.previous.state_dict(), "history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume after the episode that was saved."""
         check.state_format("EpisodicClusterer", state)
         check.state_has("EpisodicClusterer", state, ["previous"])
         self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])
+        if self.previous is not None:
+            self.previous.report = EpisodeReport({}, {}, history=tuple(state.get("history", ())))  # 0.7.0 and earlier had none

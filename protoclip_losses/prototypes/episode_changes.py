@@ -1,13 +1,40 @@
-"""How the clusterings of an episode differ from those of the one before."""
+"""How the clusterings of an episode differ from those of the one before, and what its report says of it."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..clustering.assign import assign
+from ..clustering.report import ClusteringReport
 from .episode import Prototypes
-from .source import nearest_label
+from .report import EpisodeReport, agreements
+from .source import nearest_label, several_labels
+
+
+def report_of(
+    now: Prototypes, before: Prototypes | None, clusterings: Mapping[str, ClusteringReport], seconds: Mapping[str, float]
+) -> EpisodeReport:
+    """The report of an episode in which these teachers were clustered, after the one before."""
+    start = time.perf_counter()
+    drift, changed = ({}, {}) if before is None else compare(now, before, clusterings)
+    labels = now.labels_by_teacher
+    agreement = agreements({name: nearest_label(x) for name, x in labels.items()})
+    number = {teacher: len(clustering.centroids) for teacher, clustering in now.clusterings.items()}
+    report = EpisodeReport(
+        clusterings,
+        agreement,
+        drift,
+        changed,
+        {**seconds, "compare": time.perf_counter() - start},
+        unlabelled={name: int((several_labels(x) < 0).all(1).sum()) for name, x in labels.items()},
+        sizes={
+            name: tuple(torch.bincount(x.flatten() + 1, minlength=number[name] + 1)[1:].tolist()) for name, x in labels.items()
+        },
+    )
+    return replace(report, history=(*(() if before is None else before.report.history), report.comparisons()))
 
 
 def compare(now: Prototypes, before: Prototypes, teachers: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:

@@ -109,6 +109,7 @@ class PrototypeSource(ABC):
         terms: the :class:`PrototypeTerm` of each (student, teacher); empty while there are none, in warm-up.
         version: changes whenever ``terms`` does.
         num_samples: of the episode that the terms are of; None where they keep themselves up to date.
+        calls_per_step: calls of the loss for the same samples, see :class:`OnlinePrototypes`.
         needs_episodes: False if :meth:`observe` keeps the terms up to date, so that a host has nothing to cluster.
 
     A teacher that is also a student of some term is internal; any other is external.
@@ -117,6 +118,7 @@ class PrototypeSource(ABC):
     terms: Mapping[Pair, PrototypeTerm]
     version: int = 0
     num_samples: int | None = None
+    calls_per_step: int = 1
     needs_episodes: ClassVar[bool] = True
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["PrototypeSource"]]] = {}

@@ -1,6 +1,7 @@
 """Losses on several processes, each with its own rows, against one process on all rows."""
 
 import copy
+import warnings
 from functools import partial
 
 import dense
@@ -22,6 +23,7 @@ from protoclip_losses import (
     ProtoLoss,
     Prototypes,
     TeacherAdapter,
+    _checks,
 )
 from protoclip_losses.distributed import active_group
 
@@ -375,3 +377,25 @@ def repeated_captions_are_known_over_all_ranks(rank, world_size, folder):
         assert_near(everyone(scale.grad).mean(), whole_scale.grad)
         for own, x in ((image, whole[0]), (text, whole[1])):
             assert_near(own.grad / world_size, x.grad[rows])
+
+
+@rank_case
+def a_rank_says_what_it_sees_in_its_own_rows(rank, world_size, folder):
+    """A window ends for all ranks together; what is the same on all of them is said by the first."""
+    samples, eight = torch.arange(80), torch.eye(8)
+    term = make_term(eight, eight, samples % 8, torch.ones(8, dtype=torch.bool))
+    loss = ProtoLoss(target_temperature=None)
+    loss.set_prototypes(Prototypes(samples, {("image", "text"): term}))
+    loss._terms.watch.calls = 100  # of a training that has long begun
+    is_last = rank == world_size - 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _checks.SAID.clear()
+        for _ in range(4):
+            for rows in samples[rank::world_size].split(5):
+                h = eight[rows % 8]
+                loss(h, h, 10.0, logit_scale_proto=0.02 if is_last else 2.0, index=rows)
+        _checks.SAID.clear()
+    messages = [str(warning.message) for warning in caught]
+    assert [message for message in messages if "more than 3 times the samples" in message] == messages[-1:] * (rank == 0)
+    assert len([message for message in messages if "within 1% of log K" in message]) == is_last

@@ -27,6 +27,8 @@ from example_runs import (
 from pair_files import jpeg, write_folder, write_shards, write_table
 from pairs import Pairs, emoji_pairs
 
+from protoclip_losses._checks import PAGE
+
 TINY = ["--batch-size", "16", "--head-width", "32", "--projection-width", "16", "--held-out", "0.15", "--log-every", "1"]
 TINY += ["--workers", "1", "--teacher", "none", "--num-prototypes", "6"]
 
@@ -74,6 +76,8 @@ def test_embedded_pairs_end_to_end(tmp_path: Path) -> None:
     rows = check_run_folder(tmp_path, WITH_LABELS)
     assert rows["trained, protoclip"]["zero_shot_group"] > rows["random encoder"]["zero_shot_group"] + 0.1
     assert (tmp_path / "table.txt").read_text().strip() in written
+    assert (tmp_path / "episode.png").read_bytes().startswith(b"\x89PNG")
+    assert PAGE not in written  # nothing goes wrong
     for shown in (
         "extraction",
         "clustering 3,094 pairs by words, once",

@@ -10,7 +10,7 @@ import torch
 from pair_files import emoji_with_groups
 from PIL import Image
 
-from protoclip_losses import plots
+from protoclip_losses import EpisodeReport, EpisodicClusterer, FeatureBank, plots
 from protoclip_losses.plots._style import COLOURS
 from protoclip_losses.plots.loss_curves import running_mean
 
@@ -49,6 +49,45 @@ def test_loss_curves_draw_the_terms_that_occur(tmp_path):
     assert path == tmp_path / "loss.png"
     assert min(info_nce, proto) > 1e-3
     assert external < 1e-4
+
+
+def episodes(image, text, number, clusterer=None):
+    """The report of the last of as many episodes, in which the features move."""
+    clusterer = clusterer or EpisodicClusterer(40, niter=5)
+    for step in range(number):
+        moved = torch.nn.functional.normalize(image + 0.02 * step * image.roll(1, 0), dim=1)
+        prototypes = clusterer.build(FeatureBank.from_features(torch.arange(len(image)), image=moved, text=text))
+    return prototypes.report
+
+
+def test_an_episode_has_a_panel_for_what_there_is(emoji, tmp_path):
+    """Sizes always, agreement with a second clustering, changes from the second episode on; each clustering in its colour."""
+    image = torch.nn.functional.normalize(emoji[1], dim=1)
+    first, third = (episodes(image, image.roll(7, 0), number) for number in (1, 3))
+    paths = [report.plot(tmp_path / f"{i}.png") for i, report in enumerate((first, third))]
+    alone = EpisodeReport({}, {}, sizes={"words": (5, 3, 0)})
+    paths.append(plots.episode_report(alone, tmp_path / "2.png"))
+    heights = [len(pixels_of(path)) for path in paths]
+    assert heights[1] - heights[0] == pytest.approx(heights[0] - heights[2], abs=2)
+    assert min(colour_shares(paths[1], *COLOURS[:2])) > 1e-3
+    assert colour_shares(paths[1], COLOURS[2])[0] < 1e-5
+    assert colour_shares(paths[2], COLOURS[1])[0] < 1e-5
+
+
+def test_an_episodes_lines_are_its_history(emoji):
+    image = torch.nn.functional.normalize(emoji[1], dim=1)
+    clusterer = EpisodicClusterer(40, niter=5)
+    report = episodes(image, image.roll(7, 0), 3, clusterer)
+    agreement = ["image-text/ami", "image-text/ari"]
+    changes = [f"{name}/{what}" for name in ("image", "text") for what in ("changed", "drift")]
+    assert [sorted(values) for values in report.history] == [agreement, *[sorted(agreement + changes)] * 2]
+    assert report.history[2].items() <= report.scalars().items()
+    assert sum(report.sizes["image"]) == len(image)
+    resumed = EpisodicClusterer(40, niter=5)
+    resumed.load_state_dict(clusterer.state_dict())
+    later = episodes(image, image.roll(7, 0), 1, resumed)
+    assert later.history[:3] == report.history
+    assert len(later.history) == 4
 
 
 def test_running_mean_restarts_after_a_gap():
@@ -153,6 +192,10 @@ PICTURES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda p: plots.episode_report(EpisodeReport({}, {}), p),
+            "report must have the sizes of clusters, got none: it is that of prototypes that were not built here",
+        ),
         (lambda p: plots.loss_curves([], p), "records must have at least one record, got none"),
         (lambda p: plots.loss_curves([{"loss": 1.0}], p), "records must have a 'step' in each, got one without at position 0"),
         (

@@ -160,7 +160,7 @@ def test_a_state_of_something_else_is_an_error_and_changes_nothing(state, messag
 def test_a_saved_clusterer_is_resumed_in_a_new_process(tmp_path, warm):
     settings = {"warm_start": warm}
     clusterer = EpisodicClusterer(K, **settings)
-    assert clusterer.state_dict() == {"format": 1, "previous": None}
+    assert clusterer.state_dict() == {"format": 1, "previous": None, "history": []}
     clusterer.build(bank_of(episode(0), IMAGE, TEXT))
     torch.save({"clusterer": clusterer.state_dict(), "index": episode(1)}, tmp_path / "state.pt")
     here = clusterer.build(bank_of(episode(1), IMAGE, TEXT))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ... import _checks as check
 
 ENTRY, HEADS = "protoclip", "proto."
+EMA = "state_dict_ema"  # of open_clip 4.x
 Names = Sequence[Sequence[str]]  # of the parameters of each group of an optimizer, in its order
 
 
@@ -37,6 +38,8 @@ def separate_heads(checkpoint: Mapping[str, Any], names: Names | None = None) ->
     own, heads = _split(checkpoint["state_dict"])
     beside: dict[str, Any] = {"format": 1, "heads": heads}
     result = {**checkpoint, "state_dict": own, ENTRY: beside}
+    if EMA in checkpoint:
+        result[EMA], beside["heads_ema"] = _split(checkpoint[EMA])
     if names is not None:
         result["optimizer"], beside["optimizer"] = _split_optimizer(checkpoint["optimizer"], names)
         beside["parameters"] = [list(group) for group in names]
@@ -62,6 +65,8 @@ def join_heads(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     check.state_format("the heads", beside)
     check.state_has("heads", beside, ["heads"])
     result["state_dict"] = with_heads(checkpoint["state_dict"], beside["heads"])
+    if "heads_ema" in beside:
+        result[EMA] = with_heads(checkpoint[EMA], beside["heads_ema"])
     if "parameters" in beside:
         states = {**_by_name(checkpoint["optimizer"], _of_model(beside["parameters"])), **beside["optimizer"]}
         result["optimizer"] = _optimizer_state(checkpoint["optimizer"], states, beside["parameters"])
@@ -75,9 +80,10 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside ``torch.compile`` and below it DDP."""
-    model = getattr(model, "_orig_mod", model)
-    return getattr(model, "module", model)
+    """The model inside ``torch.compile`` and DDP, in either order."""
+    for name in ("_orig_mod", "module", "_orig_mod"):
+        model = getattr(model, name, model)
+    return model
 
 
 def with_heads(entries: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -153,6 +153,7 @@ class Launcher:
             if isinstance(teacher, TeacherAdapter):  # once: every epoch has all rows of the csv
                 self.teachers[name] = clusterer.fit_teacher(teacher)
         prototypes = build_episode(clusterer, bank, self.teachers, loss)
+        prototypes.calls_per_step = args.accum_freq
         took = time.perf_counter() - start
         logging.info(f"Episode {epoch}: {len(prototypes.index)} samples, {number} prototypes of each kind, {took:.1f} s")
         return prototypes

@@ -17,7 +17,10 @@ from .data import IndexedBatches
 class _Projected:
     """A mixin before CLIP or CustomTextCLIP: the same forward, with the heads' outputs added."""
 
-    def forward(self: Any, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
+    def forward(
+        self: Any, image: Tensor | None = None, text: Tensor | None = None, index: Tensor | None = None
+    ) -> dict[str, Any]:
+        """``index`` is not used: open_clip 4.x passes all that a batch has when it accumulates."""
         z = [None if image is None else self.encode_image(image), None if text is None else self.encode_text(text)]
         unit = [None if x is None else F.normalize(x, dim=-1) for x in z]
         out = {"image_features": unit[0], "text_features": unit[1], "logit_scale": self.logit_scale.exp()}
