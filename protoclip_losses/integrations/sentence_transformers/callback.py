@@ -151,7 +151,7 @@ class ProtoCLIPCallback(TrainerCallback):  # type: ignore[misc]
 
         bank, group = extract(self.loss, batches, project), active_group(None)
         index = RankRows(group, gather_sizes(len(bank), group)).gather(bank.index)
-        if (distinct := len(index.unique())) < len(index):
+        if (distinct := len(torch.unique(index))) < len(index):
             raise ValueError(f"labels must tell {len(index)} samples apart, got {distinct} values: use {INDEX}")
         return build_episode(self.clusterer, bank, self.loss.teachers, self.loss.loss)
 

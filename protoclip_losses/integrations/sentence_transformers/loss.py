@@ -129,7 +129,8 @@ class ProtoCLIPLoss(nn.Module):
         return {**out, **replicas.call(self.heads, active_group(None), image, text)}
 
     def _of_model(self, key: str) -> Tensor:
-        return unwrapped(self.model).get_parameter(self._scales[key])
+        own: Tensor = unwrapped(self.model).get_parameter(self._scales[key])
+        return own
 
     def _samples(self, labels: Tensor | None) -> dict[str, Any]:
         """The arguments by which ProtoLoss knows samples."""

@@ -21,7 +21,7 @@ class _MeanGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         mean = sum_over_ranks(flat, ctx.group) / world_size(ctx.group)
-        parts = mean.split([grad.numel() for grad in grads])
+        parts = torch.split(mean, [grad.numel() for grad in grads])
         return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 
 
@@ -41,5 +41,5 @@ def call(module: nn.Module, group: Group | None, *inputs: Tensor) -> Any:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if group is None or not parameters or not torch.is_grad_enabled():
         return module(*inputs)
-    averaged = _MeanGradient.apply(group, *parameters.values())
+    averaged: Any = _MeanGradient.apply(group, *parameters.values())  # type: ignore[no-untyped-call]
     return functional_call(module, dict(zip(parameters, averaged, strict=True)), inputs)
