@@ -1,6 +1,5 @@
 """sentence-transformers' own Trainer on real pictures and captions."""
 
-import math
 import shutil
 
 import pytest
@@ -135,7 +134,10 @@ def test_what_is_saved_is_a_model_of_sentence_transformers_alone(tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     assert not [name for name in saved if "proto" in name or "heads" in name]
     assert_same(SentenceTransformer(str(tmp_path)).state_dict(), run.model.state_dict())
-    assert float(saved["logit_scale"]) != pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    assert not torch.equal(saved["logit_scale"], model()[0].model.logit_scale.detach())
+    card = (tmp_path / "README.md").read_text()
+    assert "w_proto=1.0" in card
+    assert "@article{chen2023protoclip" in card
 
 
 def test_a_model_of_texts_without_a_scale_gets_one(tmp_path):

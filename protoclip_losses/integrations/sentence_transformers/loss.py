@@ -120,6 +120,23 @@ class ProtoCLIPLoss(nn.Module):
         out = self.heads(*(model(column)["sentence_embedding"] for column in sentence_features))
         return out["image_features_projected"], out["text_features_projected"]
 
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of the loss."""
+        return {"loss": repr(self.loss), "teachers": sorted(self.teachers), "heads": repr(self.heads)}
+
+    @property
+    def citation(self) -> str:
+        """What the model card cites."""
+        return """
+@article{chen2023protoclip,
+    author = {Delong Chen and Zhao Wu and Fan Liu and Zaiquan Yang and Shaoqiu Zheng and Ying Tan and Erjin Zhou},
+    title = {{ProtoCLIP}: Prototypical Contrastive Language Image Pretraining},
+    journal = {IEEE Transactions on Neural Networks and Learning Systems (TNNLS)},
+    year = {2023},
+    note = {arXiv:2206.10996},
+}
+"""
+
     def _arguments(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         out = {"image_features": F.normalize(image, dim=-1), "text_features": F.normalize(text, dim=-1)}
         if "logit_scale" in self._scales:
