@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cases import assert_near
 from rank_cases import rank_case
 from ranks import assert_same_on_every_rank, raises_everywhere
-from st_trainer import ROWS, Recorded, online, pairs, trainer, weights
+from st_trainer import ROWS, Recorded, model, online, pairs, trainer, weights
 from transformers import TrainerCallback
 
 from protoclip_losses import OnlinePrototypes, ProtoLoss
@@ -28,7 +28,7 @@ def begun(folder, epochs=2, batch=7, **options):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", ACCELERATE_USE_CPU="1")
     arguments = {"per_device_train_batch_size": batch, "num_train_epochs": epochs, "ddp_backend": "gloo"}
     arguments |= {"save_strategy": "steps", "save_steps": 4, **options.pop("arguments", {})}
-    return trainer(folder, arguments=arguments, **options)
+    return trainer(folder, arguments=arguments, own=model(folder.parent / "start"), **options)
 
 
 def flat(run):
@@ -81,18 +81,18 @@ def gradients_are_those_of_one_process_on_the_whole_batch(rank, world_size, fold
     assert seen.step == 3
     assert_same_on_every_rank(flat(run))
     columns, labels = seen.inputs
-    model, heads = seen.before
+    encoder, heads = seen.before
     z = [
-        model({k: of_all(x) if isinstance(x, torch.Tensor) else x for k, x in column.items()})["sentence_embedding"]
+        encoder({k: of_all(x) if isinstance(x, torch.Tensor) else x for k, x in column.items()})["sentence_embedding"]
         for column in columns
     ]
-    scale = model[0].model.logit_scale.exp()
+    scale = encoder[0].model.logit_scale.exp()
     alone = ProtoLoss(process_group=False)
     # The prototypes of the first of the two epochs that have any are still those of the loss.
     alone.set_prototypes(run.loss.loss.prototypes)
     normalized = [torch.nn.functional.normalize(x, dim=1) for x in z]
     alone(*normalized, scale, **heads(*z), index=of_all(labels)).backward()
-    wanted = {**dict(model.named_parameters()), **dict(heads.named_parameters())}
+    wanted = {**dict(encoder.named_parameters()), **dict(heads.named_parameters())}
     assert wanted.keys() == seen.gradients.keys()
     of_heads = [name for name, _ in heads.named_parameters()]
     for names in (of_heads, [name for name in wanted if name not in of_heads]):

@@ -22,22 +22,20 @@ def pairs(rows=ROWS):
 
 
 @functools.cache
-def saved_model():
+def model_folder(shared=None):
     """A folder with a small CLIP. Of several processes the first writes it: save_pretrained does nothing on the others."""
-    folder = [tempfile.TemporaryDirectory(prefix="st-")]
-    names = [folder[0].name]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names)
+    kept = None if shared else tempfile.TemporaryDirectory(prefix="st-")
+    folder = shared or Path(kept.name)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        write_small_model(Path(names[0]), pairs()["caption"])
+        write_small_model(folder, pairs()["caption"])
     if dist.is_initialized():
         dist.barrier()
-    return names[0], folder
+    return folder, kept
 
 
-def model():
-    """The same small CLIP each time."""
-    return SentenceTransformer(saved_model()[0])
+def model(shared=None):
+    """The same small CLIP each time; several processes name a folder that they share."""
+    return SentenceTransformer(str(model_folder(shared)[0]))
 
 
 class Recorded(ProtoLoss):
