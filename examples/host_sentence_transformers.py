@@ -18,7 +18,7 @@ from host_pairs import LENGTH, SIDE
 from pairs import emoji_pairs
 from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesSymmetricRankingLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
@@ -93,7 +93,8 @@ def main() -> None:
         model = SentenceTransformer(str(options.output / "start"))
     heads = {"dim": 32, "hidden_dim": 128, "norm": "layer"}
     if options.loss == "plain":
-        loss, callbacks = MultipleNegativesSymmetricRankingLoss(model), []
+        symmetric = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+        loss, callbacks = MultipleNegativesRankingLoss(model, **symmetric), []
     elif options.loss == "words":
         words = TeacherAdapter.from_captions(pairs["caption"])
         clusters = EpisodicClusterer(num_prototypes=len(pairs) // 10).fit_teacher(words)
