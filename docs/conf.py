@@ -40,7 +40,14 @@ viewcode_line_numbers = True
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autosummary_generate = False  # tables of names that a page documents itself
-autodoc_mock_imports = ["lightning", "safetensors", "transformers"]  # the pages of the hosts are built where no host is installed
+autodoc_mock_imports = [  # the pages of the hosts are built where no host is installed
+    "accelerate",
+    "datasets",
+    "lightning",
+    "safetensors",
+    "sentence_transformers",
+    "transformers",
+]
 autodoc_inherit_docstrings = False  # torch.nn.Module's docstrings would appear under methods that we override
 autodoc_typehints = "signature"
 maximum_signature_line_length = 110

@@ -126,6 +126,60 @@ def test_transformers_script_and_its_resume(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-8").exists()
 
 
+@pytest.fixture
+def st(tmp_path):
+    """Names that the page of sentence-transformers takes for granted."""
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    import st_trainer
+    from sentence_transformers import SentenceTransformerTrainer
+
+    from protoclip_losses import OnlinePrototypes, ProtoLoss
+
+    return {
+        "SentenceTransformerTrainer": SentenceTransformerTrainer,
+        "ProtoLoss": ProtoLoss,
+        "OnlinePrototypes": OnlinePrototypes,
+        "model": st_trainer.model(),
+        "args": st_trainer.training_arguments(tmp_path, num_train_epochs=2),
+        "pairs": st_trainer.pairs().remove_columns("label"),
+    }
+
+
+def test_sentence_transformers_page(st):
+    """The diff, the words, and online mode on the data without labels."""
+    page, unlabelled = "sentence_transformers.rst", st["pairs"]
+    pytest.importorskip("sklearn")
+    diff = block(page, "diff", "ProtoCLIPLoss")
+    exec(patched(diff, "-"), plain := dict(st))  # what it starts from is sentence-transformers' own
+    assert plain["trainer"].compute_loss.__func__ is st["SentenceTransformerTrainer"].compute_loss
+    exec(block(page, "python", "add_column"), st)
+    exec(patched(diff, "+"), st)
+    st["trainer"].train()
+    assert len(st["loss"].loss.prototypes.index) == len(unlabelled)
+    exec(block(page, "python", "from_captions"), st)
+    st["trainer"].train()
+    assert ("image", "words") in st["loss"].loss.prototypes.terms
+    st["pairs"] = unlabelled
+    exec(block(page, "python", "OnlinePrototypes"), st)
+    st["trainer"].train()
+    assert st["objective"].prototypes.step == 8
+
+
+def test_sentence_transformers_script_and_its_resume(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    arguments = ("--output", tmp_path, "--rows", ROWS, "--batch-size", 8, "--save-steps", 2)
+    run_script(monkeypatch, "host_sentence_transformers.py", *arguments, "--epochs", 2)
+    assert (tmp_path / "checkpoint-6" / "proto_loss.pt").exists()
+    run_script(monkeypatch, "host_sentence_transformers.py", *arguments, "--epochs", 3, "--resume")
+    assert (tmp_path / "checkpoint-8" / "proto_heads.pt").exists()
+    assert capsys.readouterr().out.count("image_to_text_recall@10") == 2
+
+
 def test_lightning_script_and_its_resume(tmp_path, monkeypatch):
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)

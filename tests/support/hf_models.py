@@ -8,6 +8,7 @@ TEXT = {**TOWER, "vocab_size": 1024, "max_position_embeddings": 16, "bos_token_i
 BERT = {**TOWER, "vocab_size": 1024, "max_position_embeddings": 20}
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
 PATCHES = {**TOWER, "patch_size": 8, "num_patches": 16}
+STAGES = {"depths": [1, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4]}
 DIM = {"projection_dim": 16}
 
 
@@ -30,6 +31,9 @@ MODELS = {
     "MetaClip2": _of_class("MetaClip2", TEXT, VISION, **DIM),
     "AltCLIP": _of_class("AltCLIP", {**BERT, "project_dim": 16}, VISION, **DIM),
     "CLIPSeg": _of_class("CLIPSeg", TEXT, VISION, **DIM),
+    "Blip": _of_class("Blip", TEXT, VISION, **DIM),
+    "GroupViT": _of_class("GroupViT", TEXT, {**VISION, **STAGES}, projection_intermediate_dim=16, **DIM),
+    "OwlViT": _of_class("OwlViT", TEXT, VISION, **DIM),
     "VisionTextDualEncoder": _of_two_models,
 }
 

@@ -14,9 +14,10 @@ from ...episodes import EpisodeOrder, EpisodeSampler, extract
 from ...losses import ProtoLoss
 from ...prototypes import EpisodicClusterer, Prototypes
 from ..teachers import Teacher, build_episode, check_rows, labels_or_features
+from ..trainer_state import epoch_to_begin, load_state, save_state
 from .data import CollateNumbered, NumberedData
 from .model import add_heads, check_heads
-from .state import check_checkpoint, load_state, save_state
+from .state import check_checkpoint
 
 require("transformers", "transformers")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -195,10 +196,8 @@ class EpisodeCallback(TrainerCallback):  # type: ignore[misc]
         self.epoch, self.is_resumed = 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Count epochs from the one that Trainer begins with, as ``state.epoch`` may have been made with another batch size."""
-        batches, accumulated = len(others["train_dataloader"]), args.gradient_accumulation_steps
-        self.epoch, done = divmod(state.global_step, max(1, -(-batches // accumulated)))
-        self.is_resumed = done > 0
+        """Count epochs from the one that Trainer begins with."""
+        self.epoch, self.is_resumed = epoch_to_begin(args, state, others["train_dataloader"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Start an episode, or resume an interrupted one."""
