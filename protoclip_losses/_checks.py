@@ -95,7 +95,8 @@ def strings(name: str, texts: Sequence[str]) -> list[str]:
 def finite(name: str, x: Tensor, what: str = "rows") -> None:
     """Raise if ``x`` holds NaN or Inf, with the number of rows that do."""
     # A sum is finite only if every entry is; the entries are looked at one by one only where it is not.
-    if math.isfinite(float(x.detach().sum())):
+    x = x.detach()
+    if math.isfinite((x.sum() if x.dim() else x).item()):
         return
     good = torch.isfinite(x).reshape(x.shape[0], -1).all(1)
     if not bool(good.all()):
@@ -121,7 +122,7 @@ def scale(name: str, value: Tensor | float, like: Tensor, check_values: bool | N
     else:
         raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
     if values_are_checked(like, check_values, tensor):
-        if not math.isfinite(number := float(tensor.detach())):
+        if not math.isfinite(number := tensor.item()):
             raise ValueError(f"{name} must be finite (the exponentiated scale, not its log), got {number}")
         if number <= 0:
             warn(f"{name} is not positive, so probably the logarithm of the scale: pass {name}.exp()", once=True)

@@ -156,7 +156,9 @@ def check_finite_loss(loss: Tensor, row_mask: Tensor | None, check_values: bool 
     """
     features = next(iter(inputs.values()))
     assert features is not None
-    if check.values_are_checked(loss, check_values) and not math.isfinite(float(loss.detach().sum())):
+    if not check.values_are_checked(loss, check_values):
+        return
+    if not math.isfinite((loss.detach().sum() if loss.dim() else loss).item()):
         for name, x in inputs.items():
             if x is not None:
                 check.finite(name, x[row_mask] if x is features and row_mask is not None else x)

@@ -11,7 +11,7 @@ from ..functional.prototype_cross_entropy import check_finite_loss, check_term, 
 from ..functional.soft_targets import base_prototypes, soft_target_rows
 from ..kernels.prototype_cross_entropy import label_nll_sum, made_in_inference_mode
 from ..kernels.sizes import BlockLimit
-from .soft_target_cache import SoftTargetCache, every_target
+from .soft_target_cache import SoftTargetCache, every_target, target_rows_operator
 
 
 class PrototypeLoss(nn.Module):
@@ -122,6 +122,9 @@ class PrototypeLoss(nn.Module):
         """M - P of these labels (B,), from the cache where it can be used."""
         temperature = self.target_temperature
         assert temperature is not None
+        if torch.compiler.is_compiling() and student.device.type == "cpu":  # CUDA graphs would replay what was kept once
+            kept: Tensor = target_rows_operator(student, teacher, labels, valid, temperature)
+            return kept
         # A cache keyed by identity and version cannot be part of a traced graph, and inference tensors have no version.
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or made_in_inference_mode(student, teacher):
             return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
