@@ -95,7 +95,8 @@ def strings(name: str, texts: Sequence[str]) -> list[str]:
 def finite(name: str, x: Tensor, what: str = "rows") -> None:
     """Raise if ``x`` holds NaN or Inf, with the number of rows that do."""
     # A sum is finite only if every entry is; the entries are looked at one by one only where it is not.
-    if math.isfinite(float(x.detach().sum())):
+    x = x.detach()
+    if math.isfinite((x.sum() if x.dim() else x).item()):
         return
     good = torch.isfinite(x).reshape(x.shape[0], -1).all(1)
     if not bool(good.all()):
@@ -139,7 +140,7 @@ def _scalar(
         raise TypeError(f"{name} must be a float or a tensor of shape () or (1,), got {type(value).__name__}")
     if not values_are_checked(like, check_values, tensor):
         return tensor, None
-    if not math.isfinite(number := float(tensor.detach())):
+    if not math.isfinite(number := tensor.item()):
         raise ValueError(f"{name} must be finite{what}, got {number}")
     return tensor, number
 
@@ -220,30 +221,6 @@ def warn_once(message: str, subject: str | None = None) -> None:
 def warn_renamed(old: str, new: str) -> None:
     """Warn that ``old`` is deprecated, and name its replacement."""
     warn(f"{old} is deprecated and goes after 0.7.x: use {new}", FutureWarning)
-
-
-def process_group(value: Any) -> Any:
-    """Check a process group: None (the default one), False (stay local), a group, or a mesh of one dimension, which has one."""
-    if value is None or value is False:
-        return value
-    if torch.distributed.is_available():
-        if isinstance(value, torch.distributed.ProcessGroup) or value is torch.distributed.GroupMember.NON_GROUP_MEMBER:
-            return value
-        from torch.distributed.device_mesh import DeviceMesh
-
-        if isinstance(value, DeviceMesh):
-            if value.ndim == 1:
-                return value.get_group()
-            names = value.mesh_dim_names
-            hint = f"mesh[{names[0]!r}]" if names else "the mesh's get_group(0), or a mesh with mesh_dim_names"
-            raise ValueError(
-                f"process_group must be one dimension of a DeviceMesh, that of data parallelism, such as {hint}, got a mesh with "
-                f"{value.ndim} dimensions {names or tuple(value.mesh.shape)}"
-            )
-    raise TypeError(
-        "process_group must be None (the default group), False (this process alone), a torch.distributed.ProcessGroup or one "
-        f"dimension of a DeviceMesh, got {value!r}"
-    )
 
 
 def require(module: str, extra: str) -> Any:

@@ -45,8 +45,11 @@ def without_transforms(x: Tensor) -> Tensor:
 
 def may_read_values(*tensors: Tensor) -> bool:
     """Whether values can be read for free: an accelerator would be waited for, and graphs and vmap have none."""
-    if torch.compiler.is_compiling() or any(x.device.type not in READABLE for x in tensors):
+    if torch.compiler.is_compiling():
         return False
+    for x in tensors:  # asked many times a step: a generator would cost as much as an operator
+        if x.device.type not in READABLE:
+            return False
     return not (is_transformed() and any(is_batched(x) for x in tensors))
 
 

@@ -21,7 +21,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from . import _checks
 from ._collectives import Group, RankRows, all_gather, backends, broadcast, collective_device, rank, sum_over_ranks, world_size
 
 __all__ = [
@@ -38,7 +37,30 @@ __all__ = [
 
 T = TypeVar("T")
 Signature = Callable[[], Mapping[str, object]]  # what must be equal on all ranks, by name
-check_process_group = _checks.process_group
+
+
+def check_process_group(value: Any) -> Any:
+    """Check a process group: None (the default one), False (stay local), a group, or a mesh of one dimension, which has one."""
+    if value is None or value is False:
+        return value
+    if torch.distributed.is_available():
+        if isinstance(value, torch.distributed.ProcessGroup) or value is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            return value
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(value, DeviceMesh):
+            if value.ndim == 1:
+                return value.get_group()
+            names = value.mesh_dim_names
+            hint = f"mesh[{names[0]!r}]" if names else "the mesh's get_group(0), or a mesh with mesh_dim_names"
+            raise ValueError(
+                f"process_group must be one dimension of a DeviceMesh, that of data parallelism, such as {hint}, got a mesh with "
+                f"{value.ndim} dimensions {names or tuple(value.mesh.shape)}"
+            )
+    raise TypeError(
+        "process_group must be None (the default group), False (this process alone), a torch.distributed.ProcessGroup or one "
+        f"dimension of a DeviceMesh, got {value!r}"
+    )
 
 
 def active_group(process_group: Group | bool | None) -> Group | None:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,15 +59,17 @@ class PrototypeCase(Case):
         calls: dict[str, Call] = {"ours": self.ours, "compiled": self.compiled, "dense": self.dense}
         if self.kind == "mixture":
             calls["floor one label"] = lambda: self.ours(self.labels[:, 0])
+        calls |= self.torch_calls()
         if self.device == "cuda":
             calls |= self.triton_calls()
-        return calls | {"floor": lambda: self.floor(rows), "floor64": lambda: self.floor(64)}
+        floors = {"floor": lambda: self.floor(rows), "floor+softmax": lambda: self.floor(rows, softmax=True)}
+        return calls | floors | {"floor64": lambda: self.floor(64)}
 
     def truth(self) -> Results:
         return self.dense(torch.float64)
 
     def bytes_of(self, call: str) -> int:
-        return 0 if call in ("ours", "compiled", "floor one label") else 16 * len(self.features) * len(self.prototypes)
+        return 0 if call != "dense" else 16 * len(self.features) * len(self.prototypes)
 
     def leaves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         return (
@@ -101,14 +104,28 @@ class PrototypeCase(Case):
         centroids = self.centroids.to(dtype)
         return _backward(F.cross_entropy(logits, ((centroids[self.labels] @ centroids.T) / 0.1).softmax(1)), h, s)
 
-    def floor(self, rows: int) -> None:
-        """The two matrix products that forward and backward need at least, on blocks of ``rows`` rows."""
+    def floor(self, rows: int, softmax: bool = False) -> None:
+        """The two matrix products that forward and backward need at least, on blocks of ``rows`` rows; with a softmax of each."""
         h, _, p = self.leaves(self.dtype)
         h = h.detach()
         out, block = torch.empty_like(h), h.new_empty((rows, len(p)))
         for start in range(0, len(h), rows):
-            torch.mm(h[start : start + rows], p.T, out=block[: len(h) - start])
-            torch.mm(block[: len(h) - start], p, out=out[start : start + rows])
+            logits = torch.mm(h[start : start + rows], p.T, out=block[: len(h) - start])
+            if softmax:
+                torch.softmax(logits, 1, out=logits)
+            torch.mm(logits, p, out=out[start : start + rows])
+
+    def torch_calls(self) -> dict[str, Call]:
+        """torch's own chunked cross-entropy (2.13 and later, hard labels), with its defaults and with chunks of 256 rows."""
+        if self.kind != "hard" or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return {}
+        options = torch.nn.LinearCrossEntropyOptions
+        chunks = {"torch": options(), "torch, 256 rows": options(batch_chunk_size=256, chunking_method=None)}
+
+        def run(chunk: object) -> Results:
+            return self._scaled(lambda x, p: F.linear_cross_entropy(x, p, self.labels, options=chunk))  # type: ignore[arg-type]
+
+        return {name: partial(run, chunk) for name, chunk in chunks.items()}
 
     def triton_calls(self) -> dict[str, Call]:
         """Those fused linear cross-entropies (hard labels) that are installed. The scale is multiplied into h for them."""

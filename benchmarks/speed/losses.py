@@ -9,8 +9,9 @@ Losses are forward + backward with gradients for features and scale, timed in th
 that of the call that is timed, against a float64 evaluation of the formula. Memory is the increase of the process's peak during
 one call, with a new process for each; on a GPU that of the memory torch allocated there. Other libraries are measured where they
 are installed (open_clip; on a GPU liger-kernel, cut-cross-entropy, inf-cl). "compiled" is our call under
-torch.compile(fullgraph=True). "floor" is a lower bound:
-the matrix products alone. Calls that would not fit in free memory are skipped.
+torch.compile(fullgraph=True), "torch" is F.linear_cross_entropy with options (torch 2.13 or later, hard targets). "floor" is a
+lower bound: the matrix products alone; "floor+softmax" has the one pass of a softmax too. Calls that would not fit in free memory
+are skipped.
 
 To measure another version of the library, put the folder that contains its protoclip_losses first, and keep Python (3.11 or
 later) from putting the current folder before it:

@@ -22,7 +22,8 @@ def labels_within(labels: Tensor, num_prototypes: int, ignore_index: int) -> boo
     """Whether all labels are in [0, num_prototypes) and none is ignored, as far as their range tells."""
     if labels.numel() == 0:
         return True
-    low, high = (int(x) for x in labels.aminmax())
+    lowest, highest = labels.aminmax()
+    low, high = lowest.item(), highest.item()
     return low >= 0 and high < num_prototypes and not low <= ignore_index <= high
 
 

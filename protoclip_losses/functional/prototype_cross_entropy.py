@@ -95,9 +95,9 @@ def prototype_cross_entropy(
     if delta is not None:
         delta = delta - prototypes.index_select(0, base).to(scale.dtype)
     inputs = features, prototypes, base, row_mask, scale, delta, valid, limit
-    loss = label_nll_rows(*inputs) if reduction == "none" else label_nll_sum(*inputs)[0]
+    loss = label_nll_rows(*inputs) if reduction == "none" else label_nll_sum(*inputs, mean=reduction == "mean")[0]
     check_finite_loss(loss, row_mask, check_values, features=features, prototypes=prototypes, targets=targets)
-    return mean_over_rows(loss, row_mask, features) if reduction == "mean" else loss
+    return loss
 
 
 def _rows(x: Tensor) -> int | None:
@@ -160,13 +160,10 @@ def check_finite_loss(loss: Tensor, row_mask: Tensor | None, check_values: bool 
     """
     features = next(iter(inputs.values()))
     assert features is not None
-    if check.values_are_checked(loss, check_values) and not math.isfinite(float(loss.detach().sum())):
+    if not check.values_are_checked(loss, check_values):
+        return
+    if not math.isfinite((loss.detach().sum() if loss.dim() else loss).item()):
         for name, x in inputs.items():
             if x is not None:
                 check.finite(name, x[row_mask] if x is features and row_mask is not None else x)
         raise ValueError(f"logit_scale is too large: the loss overflowed although {', '.join(inputs)} are finite")
-
-
-def mean_over_rows(total: Tensor, row_mask: Tensor | None, features: Tensor) -> Tensor:
-    """A sum over the rows in ``row_mask`` (None: all) over their number; 0 if there are none."""
-    return total / (max(1, features.shape[0]) if row_mask is None else row_mask.sum().clamp(min=1))

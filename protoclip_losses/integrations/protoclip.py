@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..distributed import RankRows, active_group
 from ..functional.info_nce import info_nce
-from ..functional.prototype_cross_entropy import check_finite_loss, check_term, mean_over_rows
+from ..functional.prototype_cross_entropy import check_finite_loss, check_term
 from ..kernels.prototype_cross_entropy import label_nll_sum
 from ..losses.prototype_loss import PrototypeLoss
 
@@ -114,7 +114,8 @@ class ProtoLoss(nn.Module):
                 self._soft = dict(list(self._soft.items())[1 - PAIRS_CACHED :])
                 self._soft[key] = PrototypeLoss(temperature)
             delta = self._soft[key].target_delta(student_centroids, teacher_centroids, safe)
-        total, correct = label_nll_sum(student_features, student_centroids, safe, row_mask, scale, delta, with_accuracy=True)
+        terms = student_features, student_centroids, safe, row_mask, scale, delta
+        loss, correct = label_nll_sum(*terms, with_accuracy=True, mean=True)
         inputs = {"student_features": student_features, "student_centroids": student_centroids}
-        check_finite_loss(total, row_mask, None, **inputs)
-        return mean_over_rows(total, row_mask, student_features), 100 * float(correct) / len(labels)
+        check_finite_loss(loss, row_mask, None, **inputs)
+        return loss, 100 * float(correct) / len(labels)

@@ -7,7 +7,7 @@ With x_ij = s z^I_i.z^T_j, log normalisers R_i of the rows and C_j of the column
     d loss / d z^I = s G z^T,      d loss / d z^T = s G^T z^I
 
 Two passes over blocks of rows: three products in all while the logits fit the memory budget, four and memory linear in B beyond
-it. :mod:`.info_nce_small_blocks` is for a CPU, :mod:`.info_nce_large_blocks` for an accelerator.
+it. :mod:`.info_nce_small_blocks` is for a CPU, :mod:`.info_nce_large_blocks` for an accelerator and for small batches.
 
 Over ranks, each has the rows of its own images and the columns of all texts: R is local, C and the gradient of the texts are
 sums over ranks. Ranks exchange the texts, a few numbers per column, and the texts' gradient.
@@ -24,11 +24,11 @@ from torch import Tensor
 from .._dtypes import may_read_values
 from ..distributed import RankRows
 from .autograd import recomputed_blocks, run
-from .blocks import product_dtype
+from .blocks import product_dtype, without_autocast
 from .info_nce_large_blocks import COPIES, pair_nll_in_large_blocks
 from .info_nce_small_blocks import pair_nll_in_small_blocks
 from .repeats import repeated, shared_positives
-from .sizes import RECOMPUTED, BlockLimit, can_be_kept, rows_per_block
+from .sizes import RECOMPUTED, BlockLimit, can_be_kept, rows_per_block, sizes_of
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -50,9 +50,11 @@ def pair_nll(
     the pairs of all ranks; that of the scale is a share: summed over ranks it is the gradient of that sum. What is not asked
     for is empty or zero. Pairs of equal ``ids`` (b,) are no negatives of each other.
     """
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         ranks = ranks or RankRows(None, [image.shape[0]])
-        form = pair_nll_in_small_blocks if may_read_values(image) else pair_nll_in_large_blocks
+        # Ranks of unequal rows would choose differently, and the two forms exchange different things.
+        is_small = ranks.is_single and image.shape[0] ** 2 <= sizes_of(image.device).dense_logits and chunk >= image.shape[0]
+        form = pair_nll_in_small_blocks if may_read_values(image) and not is_small else pair_nll_in_large_blocks
         return form(image, text, scale, chunk, cache_logits, with_gradient, with_accuracy, ids, ranks)
 
 

@@ -1,4 +1,6 @@
-"""InfoNCE in few and large blocks, on an accelerator: no decision depends on a value, and each operator of a block is a launch.
+"""InfoNCE in few operators a block: on an accelerator, where each is a launch, and for the few logits of a small batch.
+
+No decision depends on a value, but where one can be read for free.
 
 With the other pairs' mass in row i, exp(A_i), and in column j, exp(B_j), and the softmax P of the rows and Q of the columns
 without the diagonal::
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import may_read_values
 from ..distributed import RankRows
 from .blocks import BlockSums, LogitBlocks
 from .repeats import repeated
@@ -25,15 +28,14 @@ COPIES = 2  # of a block that are held at once: P and Q
 
 @dataclass
 class _Block:
-    """A block of rows: P and Q (b, N); own logits x_ii, A, and the largest other logits with their columns (b,); its B (N,)."""
+    """A block of rows: P and Q (b, N); own logits x_ii, A, and whether x_ii is the first of the largest (b,); its B (N,)."""
 
     rows: slice
     p: Tensor
     q: Tensor
     pair: Tensor
     row_mass: Tensor
-    top: Tensor
-    winner: Tensor
+    is_first: Tensor | None
     column_mass: Tensor
 
 
@@ -57,7 +59,7 @@ def pair_nll_in_large_blocks(
     logit_blocks = LogitBlocks(texts, scale, min(chunk, len(image)), logits=memory[0])
     sums = BlockSums(scale)
 
-    def block(rows: slice) -> _Block:
+    def block(rows: slice, with_accuracy: bool = False) -> _Block:
         p, q = (x[rows] if held == len(image) else x[: rows.stop - rows.start] for x in memory)
         logits = logit_blocks(image[rows], out=q)
         lowest = torch.finfo(logits.dtype).min  # not -inf: a row without others is no NaN
@@ -66,19 +68,18 @@ def pair_nll_in_large_blocks(
         diagonal = logits.diagonal(own.start + rows.start)
         pair = diagonal.clone()
         diagonal.fill_(lowest)
-        top, winner = logits.max(1, keepdim=True)
-        column_top, column_winner = logits.max(0, keepdim=True)
+        (top, winner), (column_top, column_winner) = _largest(logits, 1), _largest(logits, 0)
+        is_first = _is_first(pair, top[:, 0], winner, logits, own.start + rows.start) if with_accuracy else None
         torch.softmax(logits, 1, out=p)
         torch.softmax(logits, 0, out=q)
-        row_mass = top - p.gather(1, winner).log()
-        column_mass = column_top - q.gather(0, column_winner).log()
-        return _Block(rows, p, q, pair, row_mass[:, 0], top[:, 0], winner[:, 0], column_mass[0])
+        row_mass = top - _largest_again(p, 1, winner).log_()
+        column_mass = column_top - _largest_again(q, 0, column_winner).log_()
+        return _Block(rows, p, q, pair, row_mass[:, 0], is_first, column_mass[0])
 
-    first_pass = [block(rows) for rows in slices]
-    for part in first_pass if with_accuracy else ():
-        label = torch.arange(own.start + part.rows.start, own.start + part.rows.stop, device=image.device)
-        is_tied_and_first = (part.pair == part.top) & (label < part.winner)
-        sums.add("correct", (part.pair > part.top) | is_tied_and_first)
+    first_pass = [block(rows, with_accuracy) for rows in slices]
+    for part in first_pass:
+        if part.is_first is not None:
+            sums.add("correct", part.is_first)
     pair, row_mass = _joined([x.pair for x in first_pass]), _joined([x.row_mass for x in first_pass])
     column_mass = first_pass[0].column_mass
     for part in first_pass[1:]:
@@ -108,6 +109,29 @@ def pair_nll_in_large_blocks(
         grad_texts = of_block if grad_texts is None else grad_texts.add_(of_block)
     assert grad_texts is not None
     return total, sums.of("correct"), _joined(grad_image), ranks.sum_of_own(grad_texts).mul(half), sums.of("scale") / 2
+
+
+def _largest(x: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """The largest entries, and where they are; None on a CPU, where a maximum without its position is ten times faster."""
+    if may_read_values(x):
+        return x.amax(dim, keepdim=True), None
+    top, winner = x.max(dim, keepdim=True)
+    return top, winner
+
+
+def _largest_again(softmax: Tensor, dim: int, winner: Tensor | None) -> Tensor:
+    """The softmax where its logits were the largest."""
+    return softmax.amax(dim, keepdim=True) if winner is None else softmax.gather(dim, winner)
+
+
+def _is_first(pair: Tensor, top: Tensor, winner: Tensor | None, others: Tensor, first: int) -> Tensor:
+    """Which own logits (b,) are above all others of their row, or tied with none in a lower column."""
+    is_above, is_tied = pair > top, pair == top
+    if winner is None:
+        if not bool(is_tied.any()):
+            return is_above
+        winner = others.argmax(1, keepdim=True)
+    return is_above | is_tied & (torch.arange(first, first + len(pair), device=pair.device) < winner[:, 0])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

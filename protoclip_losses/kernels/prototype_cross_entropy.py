@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import recomputed_blocks, run
-from .blocks import BlockSums, LogitBlocks, label_is_first, product_dtype, put_at_labels, softmax_nll
+from .blocks import BlockSums, LogitBlocks, label_is_first, product_dtype, put_at_labels, softmax_nll, without_autocast
 from .sizes import RECOMPUTED, BlockLimit, can_be_dense, rows_per_block
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -47,7 +47,7 @@ def label_nll(
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     invalid = None if valid is None else ~valid
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         logit_blocks = LogitBlocks(prototypes, scale, min(chunk, batch), narrow=prototypes.dtype == torch.bfloat16)
         for start in range(0, batch, chunk):
             rows = slice(start, start + chunk)
@@ -110,8 +110,11 @@ def label_nll_sum(
     valid: Tensor | None = None,
     limit: BlockLimit | None = None,
     with_accuracy: bool = False,
+    mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Sum over the rows in ``row_mask`` of the term's loss, differentiable, and how many of them put their base first.
+
+    With ``mean`` that sum over their number, 0 if there are none.
 
     With base b and delta :math:`M_a - P_b`, the soft loss is the hard loss for b less :math:`s\, h \cdot (M_a - P_b)`. Both
     are small where the loss is, so no digits are lost to a difference of large numbers. Hard targets have no delta.
@@ -122,18 +125,25 @@ def label_nll_sum(
     is_small = can_be_dense(rows * columns, scale.dtype, h.device, limit)
     # Autograd would round in between in low precision, and cannot save what was made in inference mode.
     if is_small and h.dtype == scale.dtype and not made_in_inference_mode(prototypes, base):
-        return _dense(h, prototypes, scale, base, row_mask, valid, target_delta, with_accuracy)
+        is_done = mean and row_mask is None and target_delta is None and rows > 0
+        inputs = h, prototypes, scale, base, row_mask, valid, target_delta, with_accuracy
+        total, correct = _dense(*inputs, "mean" if is_done else "sum")
+        return total if is_done or not mean else _mean(total, row_mask, rows), correct
     learned = None
     if target_delta is not None and target_delta.requires_grad:
         target_delta, learned = None, target_delta
     grad = torch.is_grad_enabled()
     flags = grad and (h.requires_grad or scale.requires_grad), grad and prototypes.requires_grad, with_accuracy
     chunk = rows_per_block(columns, h.dtype, h.device, limit)
-    inputs = h, prototypes, scale, base, row_mask, valid, target_delta, chunk
-    total, correct = run("prototype_cross_entropy", label_nll, label_nll_operator, *inputs, *flags)
+    of_kernel = h, prototypes, scale, base, row_mask, valid, target_delta, chunk
+    total, correct = run("prototype_cross_entropy", label_nll, label_nll_operator, *of_kernel, *flags)
     if learned is not None:
         total = total - scale * (h * learned).sum()
-    return total, correct
+    return _mean(total, row_mask, rows) if mean else total, correct
+
+
+def _mean(total: Tensor, row_mask: Tensor | None, rows: int) -> Tensor:
+    return total / (max(1, rows) if row_mask is None else row_mask.sum().clamp(min=1))
 
 
 def label_nll_rows(
@@ -198,8 +208,9 @@ def _dense(
     valid: Tensor | None,
     target_delta: Tensor | None,
     with_accuracy: bool,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`label_nll_sum` returns, by the dense expression: faster for few logits."""
+    """What :func:`label_nll_sum` returns, by the dense expression: faster for few logits. A mean is one of all rows, hard."""
     logits = (features * scale) @ prototypes.T
     if valid is not None:
         logits = logits.masked_fill(~valid, -torch.inf)
@@ -208,7 +219,7 @@ def _dense(
         first = label_is_first(logits.detach().clone(), labels)
         correct = (first if row_mask is None else first & row_mask).sum().to(scale.dtype)
     if row_mask is None:
-        total = F.cross_entropy(logits, labels, reduction="sum")
+        total = F.cross_entropy(logits, labels, reduction=reduction)
     else:
         total = F.cross_entropy(logits, labels, reduction="none").where(row_mask, 0).sum()
     if target_delta is not None:

@@ -24,7 +24,8 @@ class DeviceSizes:
         block_rows: of one block.
         memory_budget: bytes of all logits that a call holds at once, unless it is given one. InfoNCE keeps its logits between its
             two passes where they fit, and needs three products then, not four.
-        dense_logits: up to which the dense expression of a prototype term is faster than its kernel.
+        dense_logits: up to which the dense expression of a prototype term is faster than its kernel, and InfoNCE is in the form
+            of few operators.
         copied_rows: of features, that K-means and the sums over clusters copy to another dtype at a time.
         compared_rows: of features, whose distances from several centroids K-means compares at a time.
     """

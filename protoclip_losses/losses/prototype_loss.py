@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .._dtypes import is_transformed
-from ..functional.prototype_cross_entropy import check_finite_loss, check_term, mean_over_rows
+from ..functional.prototype_cross_entropy import check_finite_loss, check_term
 from ..functional.soft_targets import base_prototypes, soft_target_rows
 from ..kernels.prototype_cross_entropy import label_nll_sum, made_in_inference_mode
 from ..kernels.sizes import BlockLimit
-from .soft_target_cache import SoftTargetCache, every_target
+from .soft_target_cache import SoftTargetCache, every_target, target_rows_operator
 
 
 class PrototypeLoss(nn.Module):
@@ -109,19 +109,22 @@ class PrototypeLoss(nn.Module):
         delta = None if hard else self.target_delta(student_centroids, teacher_centroids, safe, valid)
         base = base_prototypes(safe, valid)
         limit = BlockLimit(self.chunk_size, self.memory_budget)
-        total, _ = label_nll_sum(student_features, student_centroids, base, row_mask, scale, delta, valid, limit)
+        loss, _ = label_nll_sum(student_features, student_centroids, base, row_mask, scale, delta, valid, limit, mean=True)
         inputs = {
             "student_features": student_features,
             "student_centroids": student_centroids,
             "teacher_centroids": teacher_centroids,
         }
-        check_finite_loss(total, row_mask, self.check_values, **inputs)
-        return mean_over_rows(total, row_mask, student_features)
+        check_finite_loss(loss, row_mask, self.check_values, **inputs)
+        return loss
 
     def target_delta(self, student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None = None) -> Tensor:
         """M - P of these labels (B,), from the cache where it can be used."""
         temperature = self.target_temperature
         assert temperature is not None
+        if torch.compiler.is_compiling() and student.device.type == "cpu":  # CUDA graphs would replay what was kept once
+            kept: Tensor = target_rows_operator(student, teacher, labels, valid, temperature)
+            return kept
         # A cache keyed by identity and version cannot be part of a traced graph, and inference tensors have no version.
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or made_in_inference_mode(student, teacher):
             return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)

@@ -1,11 +1,12 @@
 """Soft targets relative to their base prototypes, M - P, kept between steps."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._dtypes import accumulation_dtype, is_transformed, may_read_values
 from ..functional.soft_targets import soft_target_rows
@@ -57,7 +58,10 @@ class SoftTargetCache:
                 self.values.copy_(every_target(student, teacher, self.temperature, valid))
                 self.missing.zero_()
                 return
-            wanted = torch.unique(labels[self.missing[labels]])
+            missing = self.missing[labels]
+            if not bool(missing.any()):
+                return
+            wanted = torch.unique(labels[missing])
             self.values[wanted] = soft_target_rows(teacher, student, self.temperature, wanted, valid, relative=True)
             self.missing[wanted] = False
             self.num_missing -= wanted.shape[0]
@@ -94,6 +98,39 @@ def every_target(student: Tensor, teacher: Tensor, temperature: float, valid: Te
     """All rows of M - P (K, D)."""
     labels = torch.arange(len(student), device=student.device)
     return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
+
+
+# Of prototypes, for as long as they live.
+_kept_of_graphs: MutableMapping[Tensor, SoftTargetCache] = WeakIdKeyDictionary()
+
+
+def target_rows_in_graph(student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
+    """The rows of M - P (B, D) of these labels, as what ``torch.compile`` traced asks for them: opaque, so that they are kept.
+
+    A graph has no objects of Python's, only tensors: rows are kept by the prototypes, the last teacher's and temperature's alone.
+    What a graph makes itself, such as prototypes that it normalises, is new in each call.
+    """
+    tensors = [x for x in (student, teacher, valid) if x is not None]
+    if torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors):
+        return soft_target_rows(teacher, student, temperature, labels, valid, relative=True)
+    cache = _kept_of_graphs.get(student)
+    if cache is None or not cache.matches(student, teacher, valid, temperature):
+        cache = _kept_of_graphs[student] = SoftTargetCache(student, teacher, valid, temperature)
+    return cache.rows(student, teacher, labels, valid)
+
+
+target_rows_operator = torch.library.custom_op(
+    "protoclip_losses::target_rows",
+    target_rows_in_graph,
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor labels, Tensor? valid, float temperature) -> Tensor",
+)
+
+
+@target_rows_operator.register_fake
+def _fake(student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
+    dtype = accumulation_dtype(torch.promote_types(teacher.dtype, student.dtype))
+    return student.new_empty((labels.shape[0], student.shape[1]), dtype=dtype)
 
 
 def _version(x: Tensor) -> int:

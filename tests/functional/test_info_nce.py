@@ -10,6 +10,8 @@ from cases import assert_near, assert_same, leaf, unit, value_and_gradients
 from protoclip_losses import InfoNCE
 from protoclip_losses.functional import info_nce
 
+pytestmark = pytest.mark.usefixtures("form")
+
 SCALE = torch.tensor(10.0, dtype=torch.float64)
 
 

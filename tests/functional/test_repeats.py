@@ -17,16 +17,16 @@ def batch(dtype=torch.float64, scale=9.0):
     return unit(11, 5, 0, dtype), unit(11, 5, 1, dtype), torch.tensor(scale, dtype=dtype)
 
 
-@pytest.mark.parametrize("reach", [60.0, -1e9, None], ids=["rescaled", "exact columns", "large blocks"])
+@pytest.mark.parametrize("reach", [60.0, -1e9, None, "few"], ids=["rescaled", "exact columns", "large blocks", "few logits"])
 @pytest.mark.parametrize("budget", [2**40, 0], ids=["cached", "twice"])
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
 @pytest.mark.parametrize("ids", EVERY)
 @pytest.mark.parametrize("repeats", ["mask", "share"])
 def test_value_and_gradients(repeats, ids, chunk_size, budget, reach, monkeypatch):
-    set_sizes(monkeypatch, memory_budget=budget)
+    set_sizes(monkeypatch, memory_budget=budget, dense_logits=2**62 if reach == "few" else 0)
     if reach is None:
         monkeypatch.setattr(_dtypes, "READABLE", set())
-    else:
+    elif reach != "few":
         monkeypatch.setattr(info_nce_small_blocks, "REACH", reach)
     assert_same(
         lambda *x: info_nce(*x, ids=EVERY[ids], repeats=repeats, chunk_size=chunk_size),
