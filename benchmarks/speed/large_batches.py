@@ -28,8 +28,8 @@ from .cases import installed
 from .measure import Call, csv_table, free_bytes, in_new_process, machine, peak_extra_bytes, synchronize
 
 WIDTH = 512
-BATCHES = (8192, 32768)
-ENCODED, CHUNKS = 256, (64, 16)
+DEFAULT = ("sigmoid/8192", "sigmoid/32768", "encoders/256")
+CHUNKS = (64, 16)
 HEADER = ["case", "call", "seconds", "peak extra MB"]
 
 
@@ -119,6 +119,8 @@ def measured(kind: str, batch: int, call: str, device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", nargs="*", default=DEFAULT, help="sigmoid/B or encoders/B")
+    parser.add_argument("--calls", nargs="*", help="only these calls of each case")
     parser.add_argument("--rst", help="also write the table to this RST file, which the documentation includes")
     parser.add_argument("--one", nargs=3, metavar=("KIND", "BATCH", "CALL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -127,8 +129,11 @@ def main() -> None:
         print(json.dumps(measured(kind, int(batch), call, args.device)))
         return
     rows = []
-    for kind, batch in [*(("sigmoid", batch) for batch in BATCHES), ("encoders", ENCODED)]:
+    for case in args.cases:
+        kind, batch = case.split("/")[0], int(case.split("/")[1])
         for call in CASES[kind](8, args.device):
+            if args.calls and call not in args.calls:
+                continue
             name = f"{kind}, B {batch:,}" + (f", d {WIDTH}" if kind == "sigmoid" else "")
             if bytes_of(kind, call, batch) > 0.8 * free_bytes(args.device):
                 rows.append([name, call, "", f"does not fit: more than {bytes_of(kind, call, batch) / 2**20:,.0f}"])
