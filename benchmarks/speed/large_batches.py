@@ -1,4 +1,4 @@
-"""Peak memory and time of what large batches need: the sigmoid loss without its B x B, and GradCache.
+"""Peak memory of what large batches need: the sigmoid loss without its B x B, and GradCache.
 
     python -m benchmarks.speed.large_batches                                    # the tables, some minutes on 2 cores
     python -m benchmarks.speed.large_batches --rst benchmarks/speed/results/large_batches.rst
@@ -13,7 +13,6 @@ calls that would not fit in free memory are skipped.
 import argparse
 import importlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,9 +27,9 @@ from .cases import installed
 from .measure import Call, csv_table, free_bytes, in_new_process, machine, peak_extra_bytes
 
 WIDTH = 512
-BATCHES = (8192, 32768)
-ENCODED, CHUNKS = 256, (64, 16)
-HEADER = ["case", "call", "seconds", "peak extra MB"]
+DEFAULT = ("sigmoid/8192", "sigmoid/32768", "encoders/256")
+CHUNKS = (64, 16)
+HEADER = ["case", "call", "peak extra MB"]
 
 
 def sigmoid_calls(batch: int, device: str) -> dict[str, Call]:
@@ -107,17 +106,16 @@ def bytes_of(kind: str, call: str, batch: int) -> int:
 
 
 def measured(kind: str, batch: int, call: str, device: str) -> dict[str, float]:
-    """Seconds and peak of one call in this process, after a tiny one as a warm-up."""
+    """Peak of one call in this process, after a tiny one as a warm-up."""
     CASES[kind](8, device)[call]()
-    function = CASES[kind](batch, device)[call]
-    start = time.perf_counter()
-    peak = peak_extra_bytes(function, device)
-    return {"bytes": peak, "seconds": time.perf_counter() - start}
+    return {"bytes": peak_extra_bytes(CASES[kind](batch, device)[call], device)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", nargs="*", default=DEFAULT, help="sigmoid/B or encoders/B")
+    parser.add_argument("--calls", nargs="*", help="only these calls of each case")
     parser.add_argument("--rst", help="also write the table to this RST file, which the documentation includes")
     parser.add_argument("--one", nargs=3, metavar=("KIND", "BATCH", "CALL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -126,16 +124,19 @@ def main() -> None:
         print(json.dumps(measured(kind, int(batch), call, args.device)))
         return
     rows = []
-    for kind, batch in [*(("sigmoid", batch) for batch in BATCHES), ("encoders", ENCODED)]:
+    for case in args.cases:
+        kind, batch = case.split("/")[0], int(case.split("/")[1])
         for call in CASES[kind](8, args.device):
+            if args.calls and call not in args.calls:
+                continue
             name = f"{kind}, B {batch:,}" + (f", d {WIDTH}" if kind == "sigmoid" else "")
             if bytes_of(kind, call, batch) > 0.8 * free_bytes(args.device):
-                rows.append([name, call, "", f"does not fit: more than {bytes_of(kind, call, batch) / 2**20:,.0f}"])
+                rows.append([name, call, f"does not fit: more than {bytes_of(kind, call, batch) / 2**20:,.0f}"])
             else:
                 result = in_new_process(
                     "benchmarks.speed.large_batches", "--device", args.device, "--one", kind, str(batch), call
                 )
-                rows.append([name, call, f"{result['seconds']:.1f}", f"{result['bytes'] / 2**20:,.0f}"])
+                rows.append([name, call, f"{result['bytes'] / 2**20:,.0f}"])
             print(f"| {' | '.join(rows[-1])} |", flush=True)
     if args.rst:
         Path(args.rst).write_text(csv_table(machine(args.device), HEADER, rows))

@@ -127,7 +127,7 @@ class GradCache:
         for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
             is_last = number == len(chunks) - 1
             with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
-                torch.clear_autocast_cache()  # it may hold weights that were cast without a graph
+                torch.clear_autocast_cache()  # torch 2.4's holds weights that were cast without a graph
                 with state.replayed():
                     output = chunk.run(model)
                 # The shared outputs, such as scales, are differentiated once.

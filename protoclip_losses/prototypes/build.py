@@ -242,4 +242,4 @@ class EpisodicClusterer:
         check.state_has("EpisodicClusterer", state, ["previous"])
         self.previous = None if state["previous"] is None else Prototypes.from_state_dict(state["previous"])
         if self.previous is not None:
-            self.previous.report = EpisodeReport({}, {}, history=tuple(state.get("history", ())))  # 0.7.0 and earlier had none
+            self.previous.report = EpisodeReport({}, {}, history=tuple(state.get("history", ())))  # 0.7.5 and earlier had none
