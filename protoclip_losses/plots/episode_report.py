@@ -91,7 +91,8 @@ def _draw_agreement(panel: Any, lines: Mapping[str, Sequence[float]]) -> None:
     for number, (pair, values) in enumerate(lines.items()):
         _draw_line(panel, number, values, pair.replace("-", " and "))
     panel.set_ylabel("agreement (AMI)", color=INK)
-    _over_episodes(panel, bottom=min(0.0, *(v for values in lines.values() for v in values if not math.isnan(v))))
+    lowest = min(0.0, *(v for values in lines.values() for v in values if not math.isnan(v)))
+    _over_episodes(panel, bottom=lowest, top=1.03)  # two equal clusterings have 1
 
 
 def _draw_changes(panel: Any, changes: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -108,8 +109,8 @@ def _draw_line(panel: Any, number: int, values: Sequence[float], title: str, **s
     panel.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.9, label=title, marker=marker, markersize=4, **style)
 
 
-def _over_episodes(panel: Any, bottom: float) -> None:
-    panel.set_ylim(bottom=bottom)
+def _over_episodes(panel: Any, bottom: float, top: float | None = None) -> None:
+    panel.set_ylim(bottom=bottom, top=top)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("episode", color=INK)
     panel.legend(frameon=False, fontsize=9, ncols=2, handlelength=3.2)

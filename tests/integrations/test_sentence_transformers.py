@@ -11,12 +11,12 @@ pytest.importorskip("accelerate")
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from st_trainer import ROWS, Recorded, model, online, pairs, trainer, weights
+from st_trainer import HEADS, ROWS, Recorded, model, online, pairs, trainer, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss, TeacherAdapter
-from protoclip_losses.functional import info_nce
+from protoclip_losses.functional import info_nce, sigmoid_pair_loss
 from protoclip_losses.integrations.sentence_transformers import ProtoCLIPCallback, ProtoCLIPLoss
 
 SAVE = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3}
@@ -125,6 +125,22 @@ def test_evaluation_is_info_nce_of_the_batch_and_needs_no_labels(tmp_path):
     assert got["eval_loss"] == pytest.approx(float(info_nce(*unit, scale)), abs=2e-4)
     assert run.state.log_history[-1]["eval_contrastive_loss"] == pytest.approx(got["eval_loss"], abs=1e-4)
     assert len(run.loss.loss.calls) == calls
+
+
+def test_a_sigmoid_model_has_the_sigmoid_loss_in_training_and_evaluation(tmp_path):
+    own = model()
+    own[0].model.logit_bias = torch.nn.Parameter(torch.tensor(-4.0))
+    loss = Recorded(pair_loss="sigmoid")
+    arguments = {"per_device_eval_batch_size": ROWS, "max_steps": 2}
+    run = trainer(tmp_path, loss, own=own, eval_dataset=without_labels(), arguments=arguments)
+    run.train()
+    bias = own[0].model.logit_bias.detach()
+    assert float(bias) != -4.0
+    unit = [torch.nn.functional.normalize(own.encode(pairs()[x], convert_to_tensor=True), dim=1) for x in ("image", "caption")]
+    wanted = sigmoid_pair_loss(*unit, own[0].model.logit_scale.detach().exp(), bias)
+    assert run.evaluate()["eval_loss"] == pytest.approx(float(wanted), abs=2e-3)
+    with pytest.raises(ValueError, match="logit_bias"):
+        ProtoCLIPLoss(model(), ProtoLoss(pair_loss="sigmoid"), heads=HEADS)
 
 
 def test_what_is_saved_is_a_model_of_sentence_transformers_alone(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...distributed import active_group
-from ...functional import info_nce
+from ...functional import info_nce, sigmoid_pair_loss
 from ...heads import MAX_LOG_SCALE, ProjectionHeads
 from ...losses import ProtoLoss
 from ..teachers import Teacher, labels_or_features
@@ -63,7 +63,7 @@ class ProtoCLIPLoss(nn.Module):
             width of the embeddings, where the model does not know it.
 
     Raises:
-        ValueError: in a call, a number of columns that is not two; labels missing where samples have to be known.
+        ValueError: ``pair_loss="sigmoid"`` for a model without a ``logit_bias``; in a call, a number of columns that is not two; labels missing where samples have to be known.
         TypeError: in a call, labels that are not integers.
     """
 
@@ -82,6 +82,8 @@ class ProtoCLIPLoss(nn.Module):
         if options["in_dim"] is None:
             raise ValueError("heads must have in_dim, got None: the model does not know the width of its embeddings")
         self._scales = {key: own for key in ("logit_scale", "logit_bias") if (own := _name_of(model, key)) is not None}
+        if self.loss.pair_loss == "sigmoid" and "logit_bias" not in self._scales:
+            raise ValueError("loss must have pair_loss='info_nce', got 'sigmoid': the model has no logit_bias")
         self.heads = LossHeads(**options, has_own_scale="logit_scale" not in self._scales).to(model.device)
         self._is_joined = False
 
@@ -99,6 +101,8 @@ class ProtoCLIPLoss(nn.Module):
         if not model.training:
             image, text = (F.normalize(model(column)["sentence_embedding"], dim=-1) for column in columns)
             scale = self.heads.logit_scale if self.heads.logit_scale is not None else self._of_model("logit_scale")
+            if self.loss.pair_loss == "sigmoid":
+                return {"contrastive_loss": sigmoid_pair_loss(image, text, scale.exp(), self._of_model("logit_bias"))}
             return {"contrastive_loss": info_nce(image, text, scale.exp())}
         samples = self._samples(labels)
         self._check_wrapper()
