@@ -71,6 +71,7 @@ class PrototypeWatch:
         self.used = self.rows = 0.0  # since the prototypes were set, and in the window
         self.sums: Tensor | None = None  # (4, terms) of the window: samples, hits, distances of losses from log K, log K
         self.windows: list[Tensor] = []  # the last one that is complete
+        self.at_chance: set[str] = set() if before is None else before.at_chance  # terms, in the window before
 
     def follow(self, names: Sequence[str], prototypes: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """The terms from now on: their names, and the prototypes (K, D) with the mask of valid ones (K,) of each."""
@@ -108,13 +109,16 @@ class PrototypeWatch:
         """Warn of what the last window showed. A step on an accelerator would wait to know it."""
         has_begun = self.calls >= BEGUN
         while self.windows:
+            before, self.at_chance = self.at_chance, set()
             for name, (samples, hits, distance, log_k) in zip(self.names, self.windows.pop().T.tolist(), strict=True):
                 by_chance = samples * math.exp(-log_k / max(samples, 1))
                 is_enough = by_chance >= PER_PROTOTYPE / 2 and (has_begun or self.num_samples is not None)
                 if is_enough and hits <= by_chance + 2 * math.sqrt(by_chance):
+                    self.at_chance.add(name)
+                if name in before & self.at_chance:  # in one window it may be a training that has only begun
                     check.warn_once(
-                        f"prototype_accuracy/{name} is at chance: are image and text swapped, or is index that of another data "
-                        "set? Features that have collapsed look the same, and so does a training that has only begun"
+                        f"prototype_accuracy/{name} has been at chance for two episodes: are image and text swapped, or is index "
+                        "that of another data set? Features that have collapsed look the same"
                     )
                 if has_begun and log_k > 0 and distance <= NEAR * log_k:
                     check.warn_once(

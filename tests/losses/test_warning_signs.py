@@ -86,9 +86,20 @@ def test_prototype_accuracy_at_chance(said, mistake):
         train(loss, TEXT, IMAGE, INDEX, times=3)
     else:
         train(loss, IMAGE[order], TEXT[order], INDEX, times=3)
-    messages = [message for message in said() if "is at chance" in message]
+    messages = [message for message in said() if "has been at chance" in message]
     assert 1 <= len(messages) <= 2
     assert "swapped, or is index that of another data set?" in messages[0]
+
+
+def test_chance_is_said_after_two_windows_in_a_row(said):
+    loss, other = built(), torch.randperm(N, generator=seeded(0))
+    for order in (other, INDEX, other):
+        train(loss, IMAGE[order], TEXT[order], INDEX, times=1)
+        loss.set_prototypes(loss.prototypes)
+    assert said() == []
+    train(loss, IMAGE[other], TEXT[other], INDEX, times=1)
+    assert all("at chance for two episodes" in message for message in said())
+    assert said()
 
 
 def test_a_step_of_several_calls_uses_its_samples_once(said):
