@@ -121,7 +121,7 @@ def _softmax_nll_by_value(logits: Tensor, labels: Tensor, queries: Tensor, keys:
     probability = logits.take(own).to(scale.dtype)
     residual, nll = probability - 1, probability.log().neg_()
     if logits.dtype != scale.dtype and not float(probability.max()) < 0.5:
-        logits.put_(own, torch.zeros_like(own, dtype=logits.dtype))
+        _put(logits, own, torch.zeros_like(own, dtype=logits.dtype))
         others = -torch.mv(logits, torch.ones_like(logits[0])).to(scale.dtype)
         is_large = probability > 0.5
         residual, nll = others.where(is_large, residual), (-torch.log1p(others)).where(is_large, nll)
@@ -138,7 +138,7 @@ def put_at_labels(logits: Tensor, labels: Tensor, values: Tensor) -> None:
     """Write values (b,) to the labels' entries of (b, K) logits."""
     values = values.to(logits.dtype)
     if may_read_values(logits):  # a CPU scatters bfloat16 by way of a copy of all logits in float32
-        logits.put_(_entries(logits, labels), values)
+        _put(logits, _entries(logits, labels), values)
     else:
         logits.scatter_(1, labels[:, None], values[:, None])
 
@@ -149,6 +149,10 @@ def _entries(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.arange(0, logits.numel(), logits.shape[1], device=labels.device).add_(labels)
 
 
+def _put(logits: Tensor, entries: Tensor, values: Tensor) -> None:
+    logits.view(-1).index_copy_(0, entries, values)  # put_ is faster by 1 us, and has no deterministic form
+
+
 def label_is_first(logits: Tensor, labels: Tensor) -> Tensor:
     """Which rows of (b, K) logits have their largest entry at the label, (b,) bool. A tie counts for the lowest column alone."""
     if not may_read_values(logits):
@@ -156,9 +160,9 @@ def label_is_first(logits: Tensor, labels: Tensor) -> Tensor:
     # On a CPU a maximum without its position is ten times faster; positions are needed only where the label is tied.
     own = _entries(logits, labels)
     values = logits.take(own)
-    logits.put_(own, torch.full_like(values, -torch.inf))
+    _put(logits, own, torch.full_like(values, -torch.inf))
     others = logits.amax(1)
-    logits.put_(own, values)
+    _put(logits, own, values)
     is_first, tied = values > others, values == others
     if bool(tied.any()):
         is_first[tied] = logits[tied].argmax(1) == labels[tied]

@@ -160,7 +160,8 @@ def test_memory_stays_within_its_blocks(monkeypatch):
 def test_the_module_is_the_function():
     h, s = inputs()
     assert torch.equal(RelationalDistillation(TAU)(h, teacher(), s), relational_distillation(h, teacher(), s, TAU))
-    assert repr(RelationalDistillation()) == "RelationalDistillation(temperature=0.1, chunk_size=None, memory_budget=None)"
+    blocks = "equal_batch_sizes=False, chunk_size=None, memory_budget=None"
+    assert repr(RelationalDistillation()) == f"RelationalDistillation(temperature=0.1, {blocks})"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An accelerator beside the CPU: the GPU of ``--device cuda``, and without one a device that is pretended.
+"""A device beside the CPU: the GPU of ``--device cuda``, or with ``--device pretended`` one that is not there.
 
 Values are those of the CPU, no devices are mixed, states move from one to the other, and what must not wait does not: on a GPU
 torch raises where it does, on the pretended device that is counted.
@@ -21,16 +21,6 @@ from protoclip_losses.functional import back_translate, info_nce, prototype_cros
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="session")
-def accelerator(device):
-    if device.type != "cpu":
-        return device
-    if not pretend_device.is_possible():
-        pytest.skip("this torch can pretend no device")
-    pretend_device.register()
-    return torch.device(pretend_device.NAME, 0)
-
-
 @contextmanager
 def without_waiting(device):
     if device.type == "cuda":
@@ -47,9 +37,9 @@ def without_waiting(device):
 
 @pytest.mark.filterwarnings("ignore:at..frobenius_norm is deprecated")
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_an_episode(case, accelerator):
+def test_an_episode(case, device):
     """K-means, episodes, back translation, PCA, renewal of online prototypes, metrics."""
-    found = [x.cpu() for x in case(accelerator)]
+    found = [x.cpu() for x in case(device)]
     expected = case("cpu")
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
@@ -72,104 +62,102 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
-def test_a_loss_and_its_gradients(kernel, dtype, accelerator):
+def test_a_loss_and_its_gradients(kernel, dtype, device):
     """As close to float64 on the CPU as the dtype allows."""
     h = IMAGES.to(dtype)
 
     def to(x):
-        x = x.to(accelerator)
+        x = x.to(device)
         return x.to(dtype) if x.is_floating_point() else x
 
-    value, gradients = value_and_gradients(lambda h, s: kernel(h, s, to), h.to(accelerator), T.s.float().to(accelerator))
+    value, gradients = value_and_gradients(lambda h, s: kernel(h, s, to), h.to(device), T.s.float().to(device))
     truth, wanted = value_and_gradients(
         lambda h, s: kernel(h, s, lambda x: x.to(dtype).double() if x.is_floating_point() else x), h.double(), T.s
     )
-    assert (value.device, gradients[0].device) == (accelerator, accelerator)
+    assert (value.device, gradients[0].device) == (device, device)
     for one, other in zip((value, *gradients), (truth, *wanted), strict=True):
         assert_near(one.cpu(), other, TOLERANCE[dtype])
 
 
-def test_the_dense_form(accelerator):
+def test_the_dense_form(device):
     """The two forms above share the library; this one is written from the equation."""
-    value = prototype_cross_entropy(
-        *(x.to(accelerator) for x in (T.h.float(), T.P.float(), T.a)), 10.0, valid=T.valid.to(accelerator)
-    )
+    value = prototype_cross_entropy(*(x.to(device) for x in (T.h.float(), T.P.float(), T.a)), 10.0, valid=T.valid.to(device))
     assert_near(value.cpu(), dense.prototype_cross_entropy(T.h, T.P, T.a, 10.0, valid=T.valid))
 
 
-def test_a_training_step_waits_for_nothing(dtype, accelerator):
+def test_a_training_step_waits_for_nothing(dtype, device):
     """Forward and backward; the first step moves the prototypes."""
     loss = ProtoLoss(target_temperature=0.3, external_target_temperature=0.1)
     loss.set_prototypes(episode(teachers=("roberta",), width=16))
     index = episode().index[:8]
-    scale = torch.tensor(10.0).to(accelerator).requires_grad_()
-    inputs = [unit(8, 16, seed, dtype).to(accelerator).requires_grad_() for seed in range(2)]
+    scale = torch.tensor(10.0).to(device).requires_grad_()
+    inputs = [unit(8, 16, seed, dtype).to(device).requires_grad_() for seed in range(2)]
     loss(*inputs, scale, index=index).backward()
-    index = index.to(accelerator)
-    with without_waiting(accelerator):
+    index = index.to(device)
+    with without_waiting(device):
         parts = loss(*inputs, scale, index=index, output_dict=True)
         sum(x for name, x in parts.items() if name.endswith("loss")).backward()
 
 
-def test_an_online_step_waits_for_nothing(accelerator):
+def test_an_online_step_waits_for_nothing(device):
     loss = ProtoLoss(target_temperature=0.3)
     loss.set_prototypes(OnlinePrototypes(8, queue_size=64, every=100, warmup=2))
-    scale = torch.tensor(10.0).to(accelerator).requires_grad_()
-    inputs = [unit(16, 6, seed, torch.float32).to(accelerator).requires_grad_() for seed in range(2)]
+    scale = torch.tensor(10.0).to(device).requires_grad_()
+    inputs = [unit(16, 6, seed, torch.float32).to(device).requires_grad_() for seed in range(2)]
     for _ in range(3):
         loss(*inputs, scale).backward()
-    rows = torch.arange(16).to(accelerator)
+    rows = torch.arange(16).to(device)
     loss.prototypes.queue.due = lambda *_: rows  # on the CPU, their numbers come from memory that is not pinned
-    with without_waiting(accelerator):
+    with without_waiting(device):
         loss(*inputs, scale).backward()
 
 
-def test_back_translation_and_soft_targets_wait_for_nothing(accelerator):
-    labels, features, counted = LABELS.to(accelerator), IMAGE.to(accelerator), PrototypicalBackTranslation(K)
-    with without_waiting(accelerator):
+def test_back_translation_and_soft_targets_wait_for_nothing(device):
+    labels, features, counted = LABELS.to(device), IMAGE.to(device), PrototypicalBackTranslation(K)
+    with without_waiting(device):
         means, counts = back_translate(labels, features, K)
         soft_targets(means, means, 0.1, valid=counts > 0)
         counted.update(labels, features)
         counted.compute()
 
 
-def test_a_bank_looks_samples_up_without_waiting(accelerator):
+def test_a_bank_looks_samples_up_without_waiting(device):
     index = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
-    banks = [FeatureBank(torch.cat([index, index[:5]]), 6, device=device) for device in (accelerator, "cpu")]
+    banks = [FeatureBank(torch.cat([index, index[:5]]), 6, device=where) for where in (device, "cpu")]
     features = [(IMAGE.to(x.index.device), TEXT.to(x.index.device)) for x in banks]
-    if accelerator.type == "cuda":  # torch may call the copy of memory that is not pinned a wait
+    if device.type == "cuda":  # torch may call the copy of memory that is not pinned a wait
         banks[0].update(index, *features[0])
     else:
-        with without_waiting(accelerator):
+        with without_waiting(device):
             banks[0].update(index, *features[0])
     banks[1].update(index, *features[1])
     for name in ("image", "text"):
         assert torch.equal(banks[0].features[name].cpu(), banks[1].features[name])
     assert banks[0].missing == 0
     with pytest.raises(IndexError, match="not in it"):
-        banks[0].update(torch.tensor([ROWS]), IMAGE[:1].to(accelerator), TEXT[:1].to(accelerator))
+        banks[0].update(torch.tensor([ROWS]), IMAGE[:1].to(device), TEXT[:1].to(device))
     with pytest.raises(IndexError, match="not in it"):
-        banks[0].update(torch.tensor([ROWS]).to(accelerator), IMAGE[:1].to(accelerator), TEXT[:1].to(accelerator))
+        banks[0].update(torch.tensor([ROWS]).to(device), IMAGE[:1].to(device), TEXT[:1].to(device))
 
 
-def test_wrong_values_raise_asynchronously(accelerator):
-    if accelerator.type == "cuda":
+def test_wrong_values_raise_asynchronously(device):
+    if device.type == "cuda":
         pytest.skip("after an assertion on a GPU a process cannot use it any more")
-    good = torch.eye(3).to(accelerator)
+    good = torch.eye(3).to(device)
     wrong = {
-        "label": lambda: back_translate(torch.tensor([0, 3]).to(accelerator), good[:2], 3),
+        "label": lambda: back_translate(torch.tensor([0, 3]).to(device), good[:2], 3),
         "centroid": lambda: soft_targets(good * torch.nan, good, 0.1),
         "prototype": lambda: soft_targets(good, good / 0, 0.1),
-        "mask": lambda: soft_targets(good, good, 0.1, valid=torch.zeros(3).bool().to(accelerator)),
+        "mask": lambda: soft_targets(good, good, 0.1, valid=torch.zeros(3).bool().to(device)),
     }
     for call in wrong.values():
         with pytest.raises(RuntimeError, match="Expected Tensor with single nonzero value"):
             call()
     with pytest.raises(ValueError, match="teacher_centroids must be finite"):
         soft_targets(good * torch.nan, good, 0.1, check_values=True)
-    soft_targets(good.where(good > 0, 0), good, 0.1, valid=torch.tensor([True, False, True]).to(accelerator))
-    invalid = torch.tensor([[1.0, 0], [torch.nan, 0]]).to(accelerator)
-    soft_targets(invalid, invalid, 0.1, valid=torch.tensor([True, False]).to(accelerator))
+    soft_targets(good.where(good > 0, 0), good, 0.1, valid=torch.tensor([True, False, True]).to(device))
+    invalid = torch.tensor([[1.0, 0], [torch.nan, 0]]).to(device)
+    soft_targets(invalid, invalid, 0.1, valid=torch.tensor([True, False]).to(device))
 
 
 def saved(state, to):
@@ -200,9 +188,9 @@ def trained_in_episodes(device):
 @pytest.mark.parametrize("as_it_was", [False, True], ids=["mapped", "as_saved"])
 @pytest.mark.parametrize("trained", [trained_online, trained_in_episodes])
 @pytest.mark.parametrize("to_cpu", [True, False], ids=["to_cpu", "from_cpu"])
-def test_a_state_of_another_device(trained, to_cpu, as_it_was, accelerator):
+def test_a_state_of_another_device(trained, to_cpu, as_it_was, device):
     """Also where the loaded state stays on the device that it was saved on."""
-    before, after = (accelerator, torch.device("cpu")) if to_cpu else (torch.device("cpu"), accelerator)
+    before, after = (device, torch.device("cpu")) if to_cpu else (torch.device("cpu"), device)
     first, second = trained(before), ProtoLoss(target_temperature=0.1)
     second.load_state_dict(saved(first.state_dict(), before if as_it_was else after))
     part = slice(0, 24)
@@ -218,8 +206,8 @@ def test_a_state_of_another_device(trained, to_cpu, as_it_was, accelerator):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_bank_and_a_clusterer_of_another_device(accelerator):
-    bank = FeatureBank.from_features(torch.arange(ROWS).to(accelerator), IMAGE.to(accelerator), TEXT.to(accelerator))
+def test_a_bank_and_a_clusterer_of_another_device(device):
+    bank = FeatureBank.from_features(torch.arange(ROWS).to(device), IMAGE.to(device), TEXT.to(device))
     clusterer = EpisodicClusterer(K, warm_start=True)
     clusterer.build(bank)
     on_cpu, after = FeatureBank(torch.arange(ROWS), 6), EpisodicClusterer(K, warm_start=True)
@@ -232,14 +220,14 @@ def test_a_bank_and_a_clusterer_of_another_device(accelerator):
         assert torch.equal(one.labels, expected.terms[pair].labels.cpu())
 
 
-def test_kmeans_of_many_rows_takes_few_operators(accelerator):
+def test_kmeans_of_many_rows_takes_few_operators(device):
     """Blocks on an accelerator are as large as its memory budget allows: the number of operators does not grow with the rows."""
-    if accelerator.type != pretend_device.NAME:
+    if device.type != pretend_device.NAME:
         pytest.skip("operators are counted on the pretended device")
     counted = []
     for rows in (4000, 100_000):
-        x = unit(rows, 2, 0, torch.float32).to(accelerator)
-        start = unit(50, 2, 1, torch.float32).to(accelerator)
+        x = unit(rows, 2, 0, torch.float32).to(device)
+        start = unit(50, 2, 1, torch.float32).to(device)
         with pretend_device.operators() as operators:
             KMeans(50, niter=1, tol=0).fit(x, init=start)
         counted.append(operators.total())

@@ -144,8 +144,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 def pytest_collection_modifyitems(config, items):
     on_cpu = config.stash[DEVICE].type == "cpu"
-    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None)  # last: a pretended device stays in the process
-    left_out = [] if on_cpu else [item for item in items if stays_on_cpu(item)]
+    left_out = [item for item in items if (item.get_closest_marker("gpu") if on_cpu else stays_on_cpu(item))]
     config.stash[NOT_RUN] = len(left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -63,7 +63,8 @@ class ProtoCLIPLoss(nn.Module):
             width of the embeddings, where the model does not know it.
 
     Raises:
-        ValueError: ``pair_loss="sigmoid"`` for a model without a ``logit_bias``; in a call, a number of columns that is not two; labels missing where samples have to be known.
+        ValueError: ``pair_loss="sigmoid"`` for a model without a ``logit_bias``; in a call, a number of columns that is not
+            two, or labels missing where samples have to be known.
         TypeError: in a call, labels that are not integers.
     """
 

@@ -11,17 +11,16 @@ The features are memory-mapped and need not fit in memory. The folder then has `
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .clustering import KMeans, KMeansResult
-from .plots import cluster_sizes
-from .teachers import TeacherAdapter
-from .teachers.files import open_rows
+from ..clustering import KMeans, KMeansResult
+from ..plots import cluster_sizes
+from ..teachers import TeacherAdapter
+from ..teachers.files import open_rows
 
 RESULT, REPORT, PICTURE, CAPTIONS, CHECKPOINT = "clusters", "report.json", "sizes.png", "captions.txt", "checkpoint"
 ENCODED = "words.npy"
@@ -120,7 +119,3 @@ def _write_captions(path: Path, captions: list[str], result: KMeansResult, sampl
             file.write(f"cluster {cluster}: {end - start} rows\n")
             for row in order[start : min(end, start + samples)].tolist():
                 file.write(f"  {captions[row]}\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,3 @@
+"""The command ``python -m protoclip_losses.cluster``."""
+
+from .command import main as main
