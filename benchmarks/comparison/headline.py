@@ -23,7 +23,9 @@ ARMS = {
     "words_extracted": "the same with an extraction pass",
     "distill_words": "captions' words distilled, no prototypes",
     "words_distill": "captions' words as teacher and distilled",
+    "words_online": "captions' words as teacher, online mode",
     "minilm_reuse": "MiniLM, a pretrained model, as teacher",
+    "both_distill": "words and MiniLM as teachers and distilled",
     "clip_same_time": "CLIP with 10% more passes",
 }
 
