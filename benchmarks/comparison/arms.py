@@ -36,6 +36,7 @@ class Settings:
     w_external: float = 0.0  # weight of the prototype terms of the teacher
     teacher_clusters: str = "episode"  # the teacher is clustered in every "episode", or once, all samples: "whole"
     teacher_prototypes: int = 0  # 0: num_prototypes
+    teacher_levels: tuple[int, ...] = ()  # numbers of clusters of further clusterings of a teacher, of the same weight each
     teacher_dim: int = 128  # of the words
     labels_per_sample: int = 1  # nearest centroids of the teacher
     external_target_temperature: float = 0.0

@@ -171,14 +171,18 @@ class Clusters:
     def __init__(self, settings: Settings, teachers: dict[str, TeacherAdapter], seed: int) -> None:
         self.settings, self.teachers = settings, teachers if settings.w_external else {}
         self.clusterer = EpisodicClusterer(settings.num_prototypes, seed=seed)
-        number = settings.teacher_prototypes or settings.num_prototypes
-        self.of_teachers = EpisodicClusterer(number, labels_per_sample=settings.labels_per_sample, seed=seed)
+        levels = (settings.teacher_prototypes or settings.num_prototypes, *settings.teacher_levels)
+        self.of_teachers = [EpisodicClusterer(n, labels_per_sample=settings.labels_per_sample, seed=seed) for n in levels]
         self.whole: dict[str, Clustering] = {}
 
     def __call__(self, bank: FeatureBank, index: Tensor) -> Prototypes:
         settings = self.settings
         if settings.teacher_clusters == "whole" and not self.whole:
-            self.whole = {name: self.of_teachers.fit_teacher(teacher) for name, teacher in self.teachers.items()}
+            self.whole = {
+                f"{name}_{level.num_prototypes}" if number else name: level.fit_teacher(teacher)
+                for name, teacher in self.teachers.items()
+                for number, level in enumerate(self.of_teachers)
+            }
         internal = settings.w_proto > 0 or not self.teachers
         if not self.whole:
             return self.clusterer.build(bank, self.teachers, internal=internal)
