@@ -33,6 +33,13 @@ def plain_axes(panel: Any) -> None:
     panel.set_axisbelow(True)
 
 
+def count_axis(axis: Any) -> None:
+    """Write the counts of a logarithmic axis out: 60, and not 6 x 10^1."""
+    formatter = check.require("matplotlib.ticker", "plots").LogFormatter
+    axis.set_major_formatter(formatter())
+    axis.set_minor_formatter(formatter(minor_thresholds=(2, 0.4)))
+
+
 def save(figure: Any, path: PathLike) -> Path:
     """Write the PNG and return its path."""
     target = Path(path)

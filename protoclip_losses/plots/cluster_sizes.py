@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ._style import COLOURS, GREY, INK, PathLike, new_figure, plain_axes, save
+from ._style import COLOURS, GREY, INK, PathLike, count_axis, new_figure, plain_axes, save
 
 BINS = 40
 
@@ -50,6 +50,7 @@ def cluster_sizes(counts: Tensor, path: PathLike) -> Path:
     mean = float(sizes.sum()) / len(counts)
     panel.axvline(mean, color=GREY, linestyle=(0, (4, 2)), label=f"mean {mean:.3g}")
     panel.set_xscale("log")
+    count_axis(panel.xaxis)
     panel.set_xlabel("rows of a cluster", color=INK)
     panel.set_ylabel("clusters", color=INK)
     panel.set_title(f"{len(counts):,} clusters, {len(counts) - len(sizes):,} empty", loc="left", fontsize=13, color=INK)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._style import COLOURS, INK, PathLike, new_figure, plain_axes, save
+from ._style import COLOURS, INK, PathLike, count_axis, new_figure, plain_axes, save
 
 if TYPE_CHECKING:
     from ..prototypes import EpisodeReport
@@ -82,6 +82,7 @@ def _draw_sizes(panel: Any, sizes: Mapping[str, Sequence[int]]) -> None:
         )
         panel.axhline(sum(own) / len(own), color=COLOURS[number % len(COLOURS)], linewidth=1.0, linestyle=":")
     panel.set_yscale("log")
+    count_axis(panel.yaxis)
     panel.set_ylabel("samples", color=INK)
     panel.set_xlabel("cluster, from the largest on", color=INK)
     panel.legend(frameon=False, fontsize=9)
