@@ -90,7 +90,7 @@ class SigmoidPairLoss(LossModule):
             output_dict: return a dict, as open_clip's losses do.
         """
 
-        def checked() -> tuple[Tensor, Tensor]:
+        def checked() -> "tuple[Tensor, Tensor]":  # torch 2.4 traces no types
             scale = check_pairs(image_features, text_features, logit_scale, self.check_values)
             return scale, check.bias("logit_bias", logit_bias, image_features, self.check_values)
 

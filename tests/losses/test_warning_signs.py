@@ -118,7 +118,7 @@ def test_a_call_that_backward_runs_again_uses_no_samples(said):
     for rows in INDEX.repeat(3).split(60):
         image = IMAGE[rows].requires_grad_()
         checkpoint(loss, image, TEXT[rows], 10.0, index=rows, use_reentrant=False).backward()
-    assert said() == []
+    assert [message for message in said() if PAGE in message] == []  # torch 2.4's checkpoint has warnings of its own
 
 
 def test_the_thresholds_of_these_tests():
