@@ -23,6 +23,7 @@ ARMS = {
     "words_extracted": "the same with an extraction pass",
     "distill_words": "captions' words distilled, no prototypes",
     "words_distill": "captions' words as teacher and distilled",
+    "words_distill_narrow": "the same with heads of 128 in place of 512",
     "words_online": "captions' words as teacher, online mode",
     "minilm_reuse": "MiniLM, a pretrained model, as teacher",
     "both_distill": "words and MiniLM as teachers and distilled",
