@@ -1,7 +1,7 @@
 """Which dtypes the library takes, in which it sums, where it may read values, and which settings must not change results."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,18 +67,22 @@ def plain_arithmetic() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(without_autocast())
+        stack.enter_context(without_any_autocast())
         stack.enter_context(full_precision())
         yield
 
 
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """No autocast on a type of device in here. To switch it off takes 8 us, also where it is off."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 @contextmanager
-def without_autocast() -> Iterator[None]:
-    """Autocast is off in here, for every type of device."""
+def without_any_autocast() -> Iterator[None]:
+    """:func:`without_autocast` for every type of device."""
     with ExitStack() as stack:
-        for kind in ("cpu", "cuda", "mps", "xpu"):
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")):
+            stack.enter_context(without_autocast(kind))
         yield
 
 

@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from zlib import crc32
 
-import torch
 from torch import Tensor
 
 from ..distributed import Group, gather_strings, rank, validate_on_all_ranks, world_size
-from .files import companion, read_tensors, write_tensors
+from .files import checksum, companion, read_tensors, write_tensors
 from .row_source import RowSource, read_blocks
 
 KIND = "KMeans.fit(checkpoint=...)"
@@ -78,14 +76,10 @@ def rows_checksum(points: Tensor | RowSource) -> str:
     """Of all rows, read in blocks."""
     number = 0
     for _, block in read_blocks(points):
-        number = crc32(_bytes_of(block), number)
+        number = checksum(block, start=number)
     return f"{number:08x}"
 
 
 def tensor_checksum(x: Tensor | None) -> str:
     """Of one more argument, which may be None."""
-    return "none" if x is None else f"{crc32(_bytes_of(x)):08x}"
-
-
-def _bytes_of(x: Tensor) -> memoryview:
-    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return "none" if x is None else f"{checksum(x):08x}"

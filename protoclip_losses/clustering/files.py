@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def bytes_of(x: Tensor) -> Any:
+    """The entries of a tensor as they lie in memory."""
+    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data if x.numel() else b""
+
+
+def checksum(*tensors: Tensor, start: int = 0) -> int:
+    """A CRC of 32 bits, which differs between tensors of different bits; ``start`` is that of tensors before these."""
+    for x in tensors:
+        start = zlib.crc32(bytes_of(x), start)
+    return start
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors, and facts as JSON, as a safetensors file of exactly this name."""
     # The widest entries first: each tensor then begins at a multiple of its entries' size.
@@ -71,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     def write(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in arrays.values():
-            file.write(x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
+            file.write(bytes_of(x))
 
     write_atomically(path, write)
 

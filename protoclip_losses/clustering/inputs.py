@@ -20,9 +20,8 @@ class FitInput:
         num_clusters: K.
         x, init, index, weights: as :meth:`KMeans.fit` is given them.
         device: where rows that are read in blocks are clustered.
+        in_memory: whether the engine takes rows in memory alone, without weights: faiss.
         rows: what x is, once it was checked.
-        points: its finite rows, once they were checked.
-        finite: (N,) bool, which they are.
     """
 
     name: str

@@ -42,10 +42,6 @@ class RowSource(ABC):
         """(N, D)."""
         return len(self), self.width
 
-    def restrict(self, kept: Tensor | None, device: torch.device) -> None:
-        """From now on only the rows ``kept`` (m,) of the storage, and blocks on this device."""
-        self.kept, self.device = kept, device
-
     def read(self, parts: Iterable[Part]) -> Iterator[tuple[Part, Tensor]]:
         """Each part, which comes after the one before it, with its rows."""
         asked: list[Part] = []

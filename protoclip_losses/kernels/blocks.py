@@ -1,8 +1,5 @@
 """Blocks of logits: their product, and the softmax in place. How large they are stands in :mod:`.sizes`."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,12 +12,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products are in the dtype of their inputs in here. To switch autocast off takes 8 us, also where it is."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class BlockSums:

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dtypes import may_read_values
+from .._dtypes import may_read_values, without_autocast
 from ..distributed import RankRows
 from .autograd import recomputed_blocks, run
-from .blocks import product_dtype, without_autocast
+from .blocks import product_dtype
 from .info_nce_large_blocks import COPIES, pair_nll_in_large_blocks
 from .info_nce_small_blocks import pair_nll_in_small_blocks
 from .repeats import repeated, shared_positives
@@ -50,7 +50,7 @@ def pair_nll(
     the pairs of all ranks; that of the scale is a share: summed over ranks it is the gradient of that sum. What is not asked
     for is empty or zero. Pairs of equal ``ids`` (b,) are no negatives of each other.
     """
-    with without_autocast(image.device):
+    with without_autocast(image.device.type):
         ranks = ranks or RankRows(None, [image.shape[0]])
         # Ranks of unequal rows would choose differently, and the two forms exchange different things.
         is_small = ranks.is_single and image.shape[0] ** 2 <= sizes_of(image.device).dense_logits and chunk >= image.shape[0]

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import without_autocast
 from .autograd import recomputed_blocks, run
-from .blocks import BlockSums, LogitBlocks, label_is_first, product_dtype, put_at_labels, softmax_nll, without_autocast
+from .blocks import BlockSums, LogitBlocks, label_is_first, product_dtype, put_at_labels, softmax_nll
 from .sizes import RECOMPUTED, BlockLimit, can_be_dense, rows_per_block
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -47,7 +48,7 @@ def label_nll(
     grad_features = scale.new_empty((batch if with_gradient else 0, width))
     grad_prototypes = scale.new_zeros((prototypes.shape[0] if with_prototype_gradient else 0, width))
     invalid = None if valid is None else ~valid
-    with without_autocast(features.device):
+    with without_autocast(features.device.type):
         logit_blocks = LogitBlocks(prototypes, scale, min(chunk, batch), narrow=prototypes.dtype == torch.bfloat16)
         for start in range(0, batch, chunk):
             rows = slice(start, start + chunk)

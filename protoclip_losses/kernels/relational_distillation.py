@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import sum_dtype
+from .._dtypes import sum_dtype, without_autocast
 from .autograd import keep_in_graph, recomputed_blocks, run
 from .blocks import LogitBlocks, product_dtype
 from .sizes import BlockLimit, rows_per_block
@@ -42,7 +42,7 @@ def relation_kl(
         scale.new_zeros((), dtype=sum_dtype(scale.device)) for _ in range(2)
     )  # float32 would lose digits block by block
     grad = scale.new_zeros((features.shape[0] if with_gradient else 0, features.shape[1]))
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device.type):
         logit_blocks = LogitBlocks(features, scale, min(chunk, rows))
         for start in range(first, first + rows, chunk):
             block = slice(start, min(start + chunk, first + rows))

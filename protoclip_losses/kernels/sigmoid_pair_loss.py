@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtypes import without_autocast
 from ..distributed import RankRows
 from .autograd import recomputed_blocks, run
 from .blocks import BlockSums, LogitBlocks, label_is_first
@@ -44,7 +45,7 @@ def sigmoid_pairs(
     texts is of the sum over all ranks' images; that of ``affine`` is a share, which is to be summed over ranks. What is not
     asked for is empty or zero.
     """
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device.type):
         ranks = ranks or RankRows(None, [image.shape[0]])
         texts, own, (scale, bias) = ranks.gather(text), ranks.own, affine.unbind()
         rows, columns = image.shape[0], texts.shape[0]

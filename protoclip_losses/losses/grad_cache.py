@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import without_autocast
+from .._dtypes import without_any_autocast
 from .replay import Buffers, RandomState, devices_of
 from .row_chunks import CachedOutputs, Chunk, chunks_of, mapped
 
@@ -136,7 +136,7 @@ class GradCache:
                     raise RuntimeError(
                         "model must return tensors that require gradients, got none: use torch.no_grad() to evaluate"
                     )
-                with without_autocast():
+                with without_any_autocast():
                     torch.autograd.backward(tensors, gradients)
         return result
 
@@ -150,6 +150,6 @@ class GradCache:
         total = sum(loss.values()) if isinstance(loss, Mapping) else loss
         if not isinstance(total, Tensor):
             raise TypeError(f"loss must return a tensor, or a mapping of tensors, got {type(loss).__name__}")
-        with without_autocast():
+        with without_any_autocast():
             (total if self.scaler is None else self.scaler.scale(total)).backward()
         return mapped(lambda _, x: x.detach() if isinstance(x, Tensor) else x, "", loss)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, check_process_group
+from ..distributed import Group, RankRows
 from ..functional.info_nce import check_ids, check_pairs, check_repeats
 from ..kernels.autograd import keep_in_graph
 from ..kernels.info_nce import pair_nll_sum
 from ..kernels.sizes import BlockLimit
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths
-from .module import LossModule
+from .module import BatchLoss
 
 
-class InfoNCE(LossModule):
+class InfoNCE(BatchLoss):
     r"""InfoNCE over the batch of all processes.
 
     .. math::
@@ -73,18 +73,13 @@ class InfoNCE(LossModule):
         memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
-        super().__init__()
-        BlockLimit(chunk_size, memory_budget)
+        super().__init__(process_group, equal_batch_sizes, chunk_size, memory_budget, check_values)
         check_repeats(repeats)
-        self.repeats, self.equal_batch_sizes = repeats, equal_batch_sizes
-        self.process_group, self.gather_with_grad = check_process_group(process_group), gather_with_grad
-        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
+        self.repeats, self.gather_with_grad = repeats, gather_with_grad
         self.metrics: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
-        blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
-        promise = f"equal_batch_sizes={self.equal_batch_sizes}"
-        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, {promise}, {blocks}"
+        return f"repeats={self.repeats!r}, gather_with_grad={self.gather_with_grad}, {super().extra_repr()}"
 
     def forward(
         self,
@@ -132,7 +127,7 @@ class InfoNCE(LossModule):
             self.was_called = True
             warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features)
-        settings = BlockLimit(self.chunk_size, self.memory_budget), self.gather_with_grad, ids, self.repeats
+        settings = self.block_limit(), self.gather_with_grad, ids, self.repeats
         loss, self.metrics = info_nce_share(image_features, text_features, scale, ranks, *settings)
         loss = keep_in_graph(loss, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss

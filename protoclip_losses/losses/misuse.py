@@ -1,6 +1,5 @@
 """Mistakes in a call that pass in silence and show in what a loss computes anyway: each is said once, with what to do."""
 
-import zlib
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import is_transformed, may_read_values
+from ..clustering.files import checksum
 from ..distributed import Group, RankRows, backends
 
 LENGTHS = 1 / 3, 3.0  # of a row of features that are normalised, within reason
@@ -40,7 +40,7 @@ def digest(index: Any, features: Any) -> int:
     rows = features if index is None else index.sort().values
     if torch.compiler.is_compiling() or is_transformed() or not len(rows):
         return 0
-    return zlib.crc32(rows.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()) or 1
+    return checksum(rows) or 1
 
 
 def warn_of_equal_ranks(ranks: RankRows) -> None:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ..distributed import Group, RankRows, Signature, active_group, validate_rows, world_size
+from ..distributed import Group, RankRows, Signature, active_group, check_process_group, validate_rows, world_size
+from ..kernels.sizes import BlockLimit
 from .misuse import warn_of_waiting
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -94,3 +95,28 @@ class LossModule(nn.Module):
         missing_keys: list[str] = args[2]
         if f"{prefix}_extra_state" in missing_keys:
             missing_keys.remove(f"{prefix}_extra_state")
+
+
+class BatchLoss(LossModule):
+    """A loss over the batch of all ranks, with the settings that each of these has."""
+
+    def __init__(
+        self,
+        process_group: Group | bool | None,
+        equal_batch_sizes: bool,
+        chunk_size: int | None,
+        memory_budget: int | None,
+        check_values: bool | None,
+    ) -> None:
+        super().__init__()
+        BlockLimit(chunk_size, memory_budget)
+        self.process_group, self.equal_batch_sizes = check_process_group(process_group), equal_batch_sizes
+        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
+
+    def extra_repr(self) -> str:
+        blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
+        return f"equal_batch_sizes={self.equal_batch_sizes}, {blocks}"
+
+    def block_limit(self) -> BlockLimit:
+        """What the caller says of the blocks."""
+        return BlockLimit(self.chunk_size, self.memory_budget)

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, check_process_group
+from ..distributed import Group, RankRows
 from ..functional.relational_distillation import check_relations, unit_rows
 from ..kernels.relational_distillation import relation_kl_sum
 from ..kernels.sizes import BlockLimit
 from ..prototypes.batch_features import BatchFeatures
 from .info_nce import collective_signature, num_rows, own_gradients
-from .module import LossModule
+from .module import BatchLoss
 from .settings import ObjectiveSettings, block_limit
 
 Features = Sequence[Tensor]
 
 
-class RelationalDistillation(LossModule):
+class RelationalDistillation(BatchLoss):
     r"""Relational distillation over the batch of all processes.
 
     .. math::
@@ -62,15 +62,11 @@ class RelationalDistillation(LossModule):
         memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
-        super().__init__()
-        BlockLimit(chunk_size, memory_budget)
+        super().__init__(process_group, equal_batch_sizes, chunk_size, memory_budget, check_values)
         self.temperature = check.temperature("temperature", temperature)
-        self.process_group, self.equal_batch_sizes = check_process_group(process_group), equal_batch_sizes
-        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
 
     def extra_repr(self) -> str:
-        blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
-        return f"temperature={self.temperature}, equal_batch_sizes={self.equal_batch_sizes}, {blocks}"
+        return f"temperature={self.temperature}, {super().extra_repr()}"
 
     def forward(self, features: Tensor, teacher_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         """Return the loss, a () tensor.
@@ -92,8 +88,7 @@ class RelationalDistillation(LossModule):
             like=features,
             settings=self.temperature,
         )
-        limit = BlockLimit(self.chunk_size, self.memory_budget)
-        return relation_shares([features], [teacher_features], [scale], self.temperature, ranks, limit)[0]
+        return relation_shares([features], [teacher_features], [scale], self.temperature, ranks, self.block_limit())[0]
 
 
 def check_distillation(batch: BatchFeatures, logit_scale: Tensor | float, settings: ObjectiveSettings) -> None:

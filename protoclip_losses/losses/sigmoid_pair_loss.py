@@ -3,16 +3,16 @@
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed import Group, RankRows, check_process_group
+from ..distributed import Group, RankRows
 from ..functional.info_nce import check_pairs
 from ..kernels.sigmoid_pair_loss import sigmoid_pair_sum
 from ..kernels.sizes import BlockLimit
 from .info_nce import collective_signature, num_rows
 from .misuse import digest, warn_of_equal_ranks, warn_of_lengths
-from .module import LossModule
+from .module import BatchLoss
 
 
-class SigmoidPairLoss(LossModule):
+class SigmoidPairLoss(BatchLoss):
     r"""SigLIP's loss over the batch of all processes.
 
     .. math::
@@ -61,15 +61,8 @@ class SigmoidPairLoss(LossModule):
         memory_budget: int | None = None,
         check_values: bool | None = None,
     ) -> None:
-        super().__init__()
-        BlockLimit(chunk_size, memory_budget)
-        self.process_group, self.equal_batch_sizes = check_process_group(process_group), equal_batch_sizes
-        self.chunk_size, self.memory_budget, self.check_values = chunk_size, memory_budget, check_values
+        super().__init__(process_group, equal_batch_sizes, chunk_size, memory_budget, check_values)
         self.metrics: dict[str, Tensor] = {}
-
-    def extra_repr(self) -> str:
-        blocks = f"chunk_size={self.chunk_size}, memory_budget={self.memory_budget}"
-        return f"equal_batch_sizes={self.equal_batch_sizes}, {blocks}"
 
     def forward(
         self,
@@ -108,8 +101,7 @@ class SigmoidPairLoss(LossModule):
             self.was_called = True
             warn_of_equal_ranks(ranks)
             warn_of_lengths(image_features=image_features, text_features=text_features)
-        limit = BlockLimit(self.chunk_size, self.memory_budget)
-        loss, self.metrics = sigmoid_pair_share(image_features, text_features, scale, bias, ranks, limit)
+        loss, self.metrics = sigmoid_pair_share(image_features, text_features, scale, bias, ranks, self.block_limit())
         return {"contrastive_loss": loss} if output_dict else loss
 
 

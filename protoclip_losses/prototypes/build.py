@@ -2,7 +2,6 @@
 
 import os
 import time
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,18 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import plain_arithmetic
+from ..clustering.files import checksum
 from ..clustering.kmeans import SETTINGS, KMeans, KMeansResult
 from ..distributed import Group, RankRows, active_group, gather_sizes, rank, validate_on_all_ranks, world_size
 from ..episodes import FeatureBank
 from .back_translation import back_translate_over_ranks
+from .clustering import Clustering
 from .episode import Prototypes
 from .episode_changes import report_of
 from .episode_kmeans import FeatureKMeans, fit_known
 from .episode_rows import clustering_of, first_occurrences, labels_of, modalities, with_teachers
 from .report import EpisodeReport
-from .source import Clustering, PrototypeTerm
+from .source import PrototypeTerm
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
@@ -186,7 +187,7 @@ class EpisodicClusterer:
                 "modalities": [(name, x.shape[1], x.dtype) for name, x in features.items()],
                 "teachers": [(name, t.checksum() if isinstance(t, Clustering) else "features") for name, t in external.items()],
                 "warm_start, internal and labels_per_sample": (self.warm_start, internal, self.labels_per_sample),
-                "index": None if index is None else zlib.crc32(index.cpu().numpy().tobytes()),
+                "index": None if index is None else checksum(index),
             },
         )
         held, owned = first_occurrences(ranks.gather(bank.index), ranks)

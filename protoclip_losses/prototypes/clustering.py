@@ -1,6 +1,5 @@
 """A teacher's clustering, as prototypes are made from it."""
 
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import INTEGERS
+from ..clustering.files import checksum
 from ..functional._labels import check_labels, label_range
 
 
@@ -46,11 +46,3 @@ class Clustering:
     def to(self, device: torch.device | str) -> "Clustering":
         """The same on another device."""
         return Clustering(self.centroids.to(device), None if self.labels is None else self.labels.to(device))
-
-
-def checksum(*tensors: Tensor) -> int:
-    """A number that differs between tensors of different bits, as far as 32 of them can tell."""
-    number = 0
-    for x in tensors:
-        number = zlib.crc32(x.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data, number)
-    return number

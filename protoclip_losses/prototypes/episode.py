@@ -8,10 +8,12 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._dtypes import assert_on_device
+from ..clustering.files import checksum
 from ..functional._labels import check_labels
 from .batch_features import BatchFeatures
+from .clustering import Clustering
 from .report import EpisodeReport
-from .source import Clustering, Pair, PrototypeSource, PrototypeTerm, checksum
+from .source import Pair, PrototypeSource, PrototypeTerm
 
 
 class Prototypes(PrototypeSource, kind="episode"):

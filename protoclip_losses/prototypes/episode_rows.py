@@ -11,7 +11,7 @@ from .. import _checks as check
 from ..clustering.kmeans import KMeansResult
 from ..distributed import Group, RankRows, gather_strings, validate_rows
 from ..episodes import FeatureBank
-from .source import Clustering
+from .clustering import Clustering
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter

@@ -9,7 +9,7 @@ from .._dtypes import may_read_values
 from ..clustering.assign import assign, nearest_without_waiting
 from ..clustering.points import finite_rows
 from .batch_features import BatchFeatures
-from .source import Clustering
+from .clustering import Clustering
 
 
 def with_known_rows(features: BatchFeatures) -> dict[str, Tensor]:

@@ -11,10 +11,11 @@ from ..distributed import Group, RankRows
 from ..kernels.autograd import constants
 from .batch_features import BatchFeatures
 from .cluster_sums import ClusterSums
+from .clustering import Clustering
 from .nearest import nearest_centroid, nearest_centroids, with_known_rows
 from .queue import FeatureQueue
 from .renewal import first_clusterings, renew
-from .source import Clustering, Pair, PrototypeSource, PrototypeTerm
+from .source import Pair, PrototypeSource, PrototypeTerm
 
 
 class OnlinePrototypes(PrototypeSource, kind="online"):

@@ -11,8 +11,9 @@ from ..clustering.points import ShardedPoints, finite_rows, positions
 from ..distributed import Group, RankRows, sum_over_ranks, world_size
 from ..kernels.sizes import rows_per_copy
 from .cluster_sums import ClusterSums
+from .clustering import Clustering
 from .queue import FeatureQueue
-from .source import Clustering, Pair, PrototypeTerm
+from .source import Pair, PrototypeTerm
 
 
 def first_clusterings(

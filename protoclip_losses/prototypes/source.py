@@ -12,8 +12,7 @@ from .. import _checks as check
 from ..distributed import RankRows
 from ..functional._labels import check_labels, valid_mask
 from .batch_features import BatchFeatures
-from .clustering import Clustering as Clustering
-from .clustering import checksum as checksum
+from .clustering import Clustering
 
 Pair = tuple[str, str]  # (student, teacher)
 

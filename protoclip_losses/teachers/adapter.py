@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..clustering.files import companion
 from ..distributed import Group, active_group, validate_on_all_ranks
 from .caption_cache import Encode, call_encoder, encode_over_ranks
 from .captions import Tokenizer, WordEncoder, encode_own_words, encoder_from_state
-from .files import companion, open_rows
+from .files import open_rows
 from .pca import PCA, fit_pca, fit_pca_once, pca_from_state
 from .rows import TeacherRows
 
@@ -207,8 +208,7 @@ class TeacherAdapter:
 
     def __repr__(self) -> str:
         parts = [f"{len(self)} samples", f"dim={self.dim}", self._rows.dtype]
-        parts += [] if self.pca is None else [str(self.pca)]
-        parts += ["normalize=True"] if self.normalize else []
+        parts += ([] if self.pca is None else [str(self.pca)]) + (["normalize=True"] if self.normalize else [])
         return f"TeacherAdapter({', '.join(parts)})"
 
     def __len__(self) -> int:

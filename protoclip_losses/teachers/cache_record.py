@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .files import companion, write_atomically
+from ..clustering.files import companion, write_atomically
 
 RECORD_BYTES = 4096  # more than any record has; a larger file of its name is somebody's captions
 REMEDY = "delete it or name another file"

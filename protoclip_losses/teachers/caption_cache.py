@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..clustering.files import companion, naming, write_atomically
 from ..distributed import Group, rank, validate_on_all_ranks
 from .cache_record import REMEDY, Record, find_record, is_of_0_6, strings_digest
-from .files import companion, locked, naming, open_rows, reserve, write_atomically
+from .files import locked, open_rows, reserve
 
 Encode = Callable[[list[str]], Tensor | np.ndarray[Any, Any]]
 SAME_ENCODER = 0.05  # largest distance of two encodings of a caption, relative to their length; bfloat16 gives about 0.01

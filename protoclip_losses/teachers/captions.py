@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..clustering.files import companion
 from ..distributed import Group, broadcast, gather_strings, rank, validate_on_all_ranks
 from .cache_record import strings_digest
 from .caption_cache import Encode, encode_over_ranks, show_progress
-from .files import companion
 from .fitted import fit_once, load_fitted
 from .words import words
 

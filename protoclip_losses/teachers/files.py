@@ -11,9 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..clustering.files import companion as companion
-from ..clustering.files import naming as naming
-from ..clustering.files import write_atomically as write_atomically
+from ..clustering.files import companion
 
 try:
     import fcntl

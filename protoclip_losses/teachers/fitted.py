@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import locked, write_atomically
+from ..clustering.files import write_atomically
+from .files import locked
 
 UNREADABLE = (FileNotFoundError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile)
 
