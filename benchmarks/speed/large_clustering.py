@@ -1,4 +1,4 @@
-"""K-means of a file that need not fit in memory, in a process of its own: seconds by stage, and the memory it takes.
+"""K-means of a file that need not fit in memory, in a new process: seconds by stage, and the memory it takes.
 
     python -m benchmarks.speed.large_clustering                                     # N 1,000,000, K 2,000, D 128, 3 iterations
     python -m benchmarks.speed.large_clustering --rows 10000000 --clusters 10000    # a data set: hours on a quiet machine
@@ -66,7 +66,7 @@ class Clock(Progress):
 
 
 def cluster(path: str, form: str, clusters: int, niter: int) -> dict[str, float]:
-    """Run in a process of its own."""
+    """Run in the new process."""
     file = np.load(path, mmap_mode="r")
     KMeans(50, niter=1).fit(file[:2000])  # thread pools and lazy imports
     before, peak, clock = anonymous_bytes(), [0], Clock()

@@ -1,4 +1,4 @@
-"""The kernel of the sigmoid loss: each pair of an image and a text is a decision of its own, block by block.
+"""The kernel of the sigmoid loss: each pair of an image and a text is one binary decision, block by block.
 
 With u_ij = s x_i.y_j + b, and v_ij = -u_ij on the diagonal and u_ij elsewhere::
 

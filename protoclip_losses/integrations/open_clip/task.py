@@ -19,7 +19,7 @@ class _PrototypeTask:
     def training_forward(self: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         out = self.trainable_module(image=batch["image"], text=batch["text"])
         losses = self._losses(out, [batch])
-        # open_clip sums what ends in _loss: the parts, and not a total of its own.
+        # open_clip sums what ends in _loss: the parts, so there must be no total among them.
         return {**losses, "loss": sum(losses.values())}, self._report(out)
 
     def compute_accum_loss(

@@ -20,7 +20,7 @@ INDEX = "a column label of integer sample indices: train_dataset.add_column('lab
 
 
 class LossHeads(ProjectionHeads):
-    """The heads, and the scale of InfoNCE of a model that has none of its own."""
+    """The heads, and the scale of InfoNCE where the model has none."""
 
     def __init__(self, in_dim: int, dim: int, hidden_dim: int, norm: str, has_own_scale: bool) -> None:
         super().__init__(in_dim, dim, hidden_dim, norm)
@@ -40,7 +40,7 @@ class LossHeads(ProjectionHeads):
 
 
 class ProtoCLIPLoss(nn.Module):
-    """ProtoLoss as a loss of sentence-transformers: ``loss(sentence_features, labels)``, with projection heads of its own.
+    """ProtoLoss as a loss of sentence-transformers: ``loss(sentence_features, labels)``, with projection heads.
 
     **Use it when:** you train an embedding model on pairs with ``SentenceTransformerTrainer``: pictures with captions, or texts
     with texts.
@@ -183,7 +183,7 @@ def checked_index(labels: Tensor | None) -> Tensor:
 
 
 def unwrapped(model: Any) -> Any:
-    """The ``SentenceTransformer`` in what the trainer puts in its place: compiled, for several processes, or both."""
+    """The ``SentenceTransformer`` itself, from under ``torch.compile``, DDP, or both."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
