@@ -158,9 +158,10 @@ class KMeans:
         self._require_enough(kept.total, total)
         backend, device, reason = self._engine(points.device)
         kept_index, weights = (value if value is None else value[finite] for value in (index, weights))
-        position = positions(kept_index, finite.device, kept)
+        position = None if kept_index is None else positions(kept_index, kept)
         if backend == "torch":
-            points, position = points.to(device) if isinstance(points, Tensor) else points, position.to(device)
+            points = points.to(device) if isinstance(points, Tensor) else points
+            position = None if position is None else position.to(device)
         sharded = ShardedPoints(points, position, kept, None if weights is None else weights.float().to(device))
         file = None if checkpoint is None else self._checkpoint(Path(checkpoint), sharded, init, device)
         progress = Progress(1 if init is not None else self.nredo, self.niter) if self.progress and rank(group) == 0 else None
@@ -174,8 +175,11 @@ class KMeans:
         assigned, own_objective = assign_points(sharded, found.centroids, found.labels, self.spherical)
         counts = sum_over_ranks(torch.bincount(assigned, minlength=self.num_clusters), group).to(finite.device)
         objective = float(sum_over_ranks(own_objective, group))
-        labels = torch.full((len(finite),), -1, dtype=torch.int64, device=finite.device)
-        labels[finite] = assigned.to(finite.device)
+        if bool(finite.all()):
+            labels = assigned.to(finite.device)
+        else:
+            labels = torch.full((len(finite),), -1, dtype=torch.int64, device=finite.device)
+            labels[finite] = assigned.to(finite.device)
         if file is not None:
             file.remove()
         report = ClusteringReport(

@@ -28,8 +28,11 @@ def assign_points(points: ShardedPoints, centroids: Tensor, known: Tensor | None
 def predict_rows(x: Tensor | RowSource, centroids: Tensor, num_labels: int, spherical: bool) -> Tensor:
     """The nearest centroids of each row: (n, L) int64, nearest first; -1 for a row with NaN or Inf."""
     if isinstance(x, RowSource):
-        blocks = [_predict(block.to(centroids.device), centroids, num_labels, spherical) for block in x.raw_blocks()]
-        return torch.cat(blocks) if blocks else torch.empty((0, num_labels), dtype=torch.int64, device=centroids.device)
+        labels, start = torch.empty((x.count, num_labels), dtype=torch.int64, device=centroids.device), 0
+        for block in x.raw_blocks():
+            labels[start : start + len(block)] = _predict(block.to(centroids.device), centroids, num_labels, spherical)
+            start += len(block)
+        return labels
     return _predict(x, centroids, num_labels, spherical)
 
 

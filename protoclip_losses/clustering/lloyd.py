@@ -19,7 +19,7 @@ from torch import Tensor
 from .._dtypes import sum_dtype
 from .assign import Scores, directions, exceeds_rounding, row_lengths, squared_distances
 from .points import EngineResult, ShardedPoints, segment_sums_and_counts
-from .row_source import STRIPE_ROWS, chosen_rows
+from .row_source import chosen_rows, stripes
 
 SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
 STATE = ("labels", "score", "bound", "is_empty", "changed", "centroids")
@@ -43,8 +43,8 @@ class Lloyd:
 
     def __init__(self, points: ShardedPoints, num_clusters: int, spherical: bool, origin: Tensor, dtype: torch.dtype) -> None:
         self.points, self.num_clusters, self.spherical = points, num_clusters, spherical
-        count, device = len(points.position), points.device
-        self.labels = torch.zeros(count, dtype=torch.int64, device=device)
+        count, device = len(points.points), points.device
+        self.labels = torch.zeros(count, dtype=torch.int32, device=device)
         self.score = torch.full((count,), -torch.inf, device=device, dtype=dtype)  # of each point's own centroid
         self.bound = self.score.clone()  # no other centroid's score is above it
         self.is_empty = torch.ones(num_clusters, dtype=torch.bool, device=device)
@@ -68,7 +68,7 @@ class Lloyd:
             # One collective an iteration: which clusters changed on any rank, and the objective.
             stats = self.score.new_zeros(self.num_clusters + 1, dtype=sum_dtype(self.score.device))
             stats[:-1] = self.changed
-            stats[-1] = self.points.weighted(self._point_distances()).sum(dtype=stats.dtype)
+            stats[-1] = self._objective()
             stats = self.points.sum(stats)
             self.objectives.append(float(stats[-1]))
             previous = self.centroids.clone()
@@ -92,7 +92,7 @@ class Lloyd:
         """All that the next iterations depend on; what can be computed from the points alone is left out."""
         tensors = {name: getattr(self, name) for name in STATE}
         numbers = torch.tensor([*self.objectives, float(self.reseeded)], dtype=torch.float64, device="cpu")
-        return {**tensors, "labels": self.labels.int(), "objectives_and_reseeded": numbers}
+        return {**tensors, "objectives_and_reseeded": numbers}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a :meth:`state` of the same points."""
@@ -104,8 +104,7 @@ class Lloyd:
     def _certain_labels(self) -> Tensor:
         """Labels whose score is above the bound by more than rounding, that of the centroids which are returned too, and -1."""
         labels, distances, width = self.labels.clone(), self._squared_distances(), self.centroids.shape[1]
-        for start in range(0, len(labels), STRIPE_ROWS):  # or ten temporary vectors would be of all points
-            part = slice(start, start + STRIPE_ROWS)
+        for part in stripes(len(labels)):
             gap = self.score[part] - self.bound[part]
             labels[part][~exceeds_rounding(gap, self.squared_norms[part], distances[part], width, self.origin)] = -1
         return labels
@@ -114,9 +113,12 @@ class Lloyd:
         """Whether scores are rounded by more than a hundredth of the objective, and another dtype is there to do better."""
         if self.score.dtype == sum_dtype(self.score.device):
             return False
-        distances, squared_norms = (x.to(sum_dtype(x.device)) for x in (self._squared_distances(), self.squared_norms))
-        rounding = 8 * torch.finfo(self.score.dtype).eps * (squared_norms + distances)
-        stats = torch.stack([rounding.where(self._is_apart(distances), 0).sum(), distances.sum()])
+        distances = self._squared_distances()
+        stats = torch.zeros(2, dtype=sum_dtype(distances.device), device=distances.device)
+        for part in stripes(len(distances)):
+            own, squared_norms = (x[part].to(stats.dtype) for x in (distances, self.squared_norms))
+            rounding = 8 * torch.finfo(self.score.dtype).eps * (squared_norms + own)
+            stats += torch.stack([rounding.where(self._is_apart(own, squared_norms), 0).sum(), own.sum()])
         total_rounding, objective = self.points.sum(stats).tolist()
         return bool(total_rounding > 0.01 * objective)
 
@@ -126,11 +128,15 @@ class Lloyd:
 
     def _squared_distances(self) -> Tensor:
         """Squared distance of what is scored from its centroid, for each point."""
-        distances = (self.squared_norms - 2 * self.score).clamp(min=0)
+        distances = torch.empty_like(self.score)
+        is_small = torch.empty(len(distances), dtype=torch.bool, device=distances.device)
+        for part in stripes(len(distances)):
+            distances[part] = (self.squared_norms[part] - 2 * self.score[part]).clamp(min=0)
+            is_small[part] = distances[part] < 1e-5 * self.squared_norms[part]
         # Where the two are almost equal no digit is left, and the difference of the rows is taken.
-        for part, block in self.points.blocks(chosen_rows(distances < 1e-5 * self.squared_norms)):
-            own = self.centroids[self.labels[part]]
-            distances[part] = squared_distances(self._scored(block), own).to(distances.dtype)
+        for rows, block in self.points.blocks(chosen_rows(is_small)):
+            own = self.centroids[self.labels[rows]]
+            distances[rows] = squared_distances(self._scored(block), own).to(distances.dtype)
         return distances
 
     def _point_distances(self) -> Tensor:
@@ -138,9 +144,17 @@ class Lloyd:
         distances = self._squared_distances()
         return distances * self.lengths + (self.lengths - 1).square() if self.spherical else distances
 
-    def _is_apart(self, distances: Tensor) -> Tensor:
+    def _objective(self) -> Tensor:
+        """Of this rank's points, a 0-d tensor."""
+        distances = self._point_distances()
+        total = torch.zeros((), dtype=sum_dtype(distances.device), device=distances.device)
+        for part in stripes(len(distances)):
+            total += self.points.weighted(distances[part], part).sum(dtype=total.dtype)
+        return total
+
+    def _is_apart(self, distances: Tensor, squared_norms: Tensor) -> Tensor:
         """Which points differ from their centroid by more than rounding."""
-        return distances > 1e-13 * self.squared_norms
+        return distances > 1e-13 * squared_norms
 
     def start(self, seed: int, run: int, init: Tensor | None) -> None:
         """The first centroids, and the nearest of them for each point.
@@ -149,26 +163,39 @@ class Lloyd:
         """
         columns = torch.arange(self.num_clusters, device=self.labels.device)
         everything = torch.ones_like(self.labels, dtype=torch.bool)
-        drawn = torch.zeros_like(everything)
         if init is not None:
             self._place(columns, init.to(self.centroids.device))
             self._try_reassign(columns, everything)
         else:
-            weights = torch.ones_like(self.score)
-            for number, part in enumerate(columns.tensor_split(min(SEEDING_ROUNDS, self.num_clusters))):
-                points, positions = self._draw(len(part), seed, run, number, self.points.weighted(weights).masked_fill(drawn, 0))
-                drawn |= self.points.is_at(positions)
-                self._place(part, points)
-                self._try_reassign(part, everything)
-                # Equal points are drawn when no other is left.
-                weights = self._point_distances()
-                weights = weights.clamp(min=torch.finfo(weights.dtype).tiny * 1e8)
+            self._seed(columns, everything, seed, run)
         self.changed[self.labels] = True
 
-    def _draw(self, count: int, seed: int, run: int, draw: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Up to ``count`` different points of all ranks in proportion to ``weights`` (n,), and their positions."""
-        keys = exponential_keys(seed, run, draw, self.points.total).to(weights.device)[self.points.position]
-        return self.points.smallest(keys / weights, count)
+    def _seed(self, columns: Tensor, everything: Tensor, seed: int, run: int) -> None:
+        """Draw these centroids in rounds, each in proportion to the squared distance from those before."""
+        drawn = torch.zeros_like(everything)
+        weights = torch.ones_like(self.score)
+        for number, part in enumerate(columns.tensor_split(min(SEEDING_ROUNDS, len(columns)))):
+            points, positions = self._draw(len(part), seed, run, number, weights, drawn)
+            drawn[self.points.held(positions)] = True
+            self._place(part, points)
+            self._try_reassign(part, everything)
+            # Equal points are drawn when no other is left.
+            weights = self._point_distances()
+            weights.clamp_(min=torch.finfo(weights.dtype).tiny * 1e8)
+
+    def _draw(
+        self, count: int, seed: int, run: int, draw: int, weights: Tensor, excluded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Up to ``count`` points of all ranks in proportion to ``weights`` (n,), each once, and their positions.
+
+        Points of weight 0, and those of the mask ``excluded`` (n,), are not drawn.
+        """
+        keys = self.points.own(exponential_keys(seed, run, draw, self.points.total).to(weights))
+        for part in stripes(len(keys)):
+            keys[part] /= self.points.weighted(weights[part], part)
+        if excluded is not None:
+            keys.masked_fill_(excluded, torch.inf)
+        return self.points.smallest(keys, count)
 
     def _place(self, columns: Tensor, points: Tensor) -> None:
         """Put these centroids at these points."""
@@ -192,9 +219,12 @@ class Lloyd:
         empty = self.is_empty.nonzero()[:, 0]
         if len(empty) == 0:
             return 0
-        is_apart = self._is_apart(self._squared_distances())
-        weights = self.points.weighted(self._point_distances())
-        points, _ = self._draw(len(empty), seed, run, draw, weights.where(is_apart, 0))
+        is_equal = torch.empty(len(self.labels), dtype=torch.bool, device=self.labels.device)
+        distances = self._squared_distances()
+        for part in stripes(len(distances)):
+            is_equal[part] = ~self._is_apart(distances[part], self.squared_norms[part])
+        del distances
+        points, _ = self._draw(len(empty), seed, run, draw, self._point_distances(), is_equal)
         self._place(empty[: len(points)], points)
         return len(points)
 
@@ -216,7 +246,7 @@ class Lloyd:
         scores = Scores(self.centroids[columns])
         for part, block in self.points.blocks(chosen_rows(rows), scores.step):
             best, winner, second = scores.best(self._scored(block))
-            label, score, own = columns[winner], self.score[part], self.labels[part]
+            label, score, own = columns[winner].int(), self.score[part], self.labels[part]
             nearer, differs = best > score, label != own
             # The highest score but that of the point's centroid: among the others compared, and the one that it leaves.
             other = second.where(nearer | ~differs, best)

@@ -12,7 +12,7 @@ from ..distributed import RankRows, rank
 from ..functional.back_translation import segment_mean, segment_sum
 from ..kernels.sizes import rows_per_copy
 from .origin import LARGEST_LENGTH, SAMPLED_ROWS, sampled_positions
-from .row_source import STRIPE_ROWS, Part, RowSource, chosen_rows, read_blocks
+from .row_source import STRIPE_ROWS, Part, RowSource, chosen_rows, read_blocks, stripes
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -64,13 +64,13 @@ class ShardedPoints:
 
     Attributes:
         points: (n, D), those of this rank, in memory or read in blocks.
-        position: (n,) int64, where they are among the points of all ranks.
+        position: (n,) int64, where they are among the points of all ranks; None: rank by rank.
         ranks: how many each rank has.
         weights: (n,) how much each point counts, None: alike.
     """
 
     points: Tensor | RowSource
-    position: Tensor
+    position: Tensor | None
     ranks: RankRows
     weights: Tensor | None = None
 
@@ -88,9 +88,9 @@ class ShardedPoints:
         """Blocks of this rank's points: see :func:`read_blocks`."""
         return read_blocks(self.points, rows, step)
 
-    def weighted(self, values: Tensor) -> Tensor:
-        """Values (n,), of this rank's points, times their weights."""
-        return values if self.weights is None else values * self.weights
+    def weighted(self, values: Tensor, part: Part = slice(None)) -> Tensor:
+        """Values of this part of the rank's points, times their weights."""
+        return values if self.weights is None else values * self.weights[part]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -99,10 +99,31 @@ class ShardedPoints:
     def in_order(self) -> Tensor:
         """All points by position, on every rank; they have to be in memory."""
         assert isinstance(self.points, Tensor)
-        if self.ranks.is_single and bool((self.position[1:] > self.position[:-1]).all()):
-            return self.points
-        points, position = (self.ranks.gather(x) for x in (self.points, self.position))
-        return points[position.argsort()]
+        position = None if self.position is None else self.ranks.gather(self.position)
+        points = self.ranks.gather(self.points)
+        return points if position is None or bool((position[1:] > position[:-1]).all()) else points[position.argsort()]
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of values (N,) of the points of all ranks by position, those of this rank's points (n,)."""
+        return values[self.ranks.own if self.position is None else self.position]
+
+    def positions_of(self, part: Part) -> Tensor:
+        """Where these points of this rank are among the points of all ranks."""
+        if self.position is not None:
+            return self.position[part]
+        first = self.ranks.own.start
+        if isinstance(part, slice):
+            return torch.arange(first + part.start, first + part.stop, device=self.device)
+        return part + first
+
+    def held(self, positions: Tensor) -> Tensor:
+        """Which of this rank's points are at one of these sorted positions (m,): ids, ascending."""
+        if self.position is None:
+            own = self.ranks.own
+            return positions[(positions >= own.start) & (positions < own.stop)] - own.start
+        stripes = torch.split(self.position, STRIPE_ROWS)  # isin sorts both
+        found = [torch.isin(stripe, positions).nonzero()[:, 0] + number * STRIPE_ROWS for number, stripe in enumerate(stripes)]
+        return torch.cat(found) if found else positions[:0]
 
     def smallest(self, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The points with the ``count`` smallest finite keys (n,), or as many as there are: (m, D) float32, and positions (m,).
@@ -111,28 +132,22 @@ class ShardedPoints:
         """
         candidates = RankRows(self.ranks.group, [min(count, n) for n in self.ranks.sizes])
         own_keys, own = _smallest(keys, candidates.sizes[rank(candidates.group)])
-        keys, positions = (candidates.gather(x) for x in (own_keys, self.position[own]))
+        keys, positions = (candidates.gather(x) for x in (own_keys, self.positions_of(own)))
         order = positions.argsort()
         order = order[keys[order].argsort(stable=True)][:count]
         chosen = positions[order[keys[order].isfinite()]].sort().values
-        return self._rows_at(chosen, own[torch.isin(self.position[own], chosen)]), chosen
+        return self._rows_at(chosen, own[torch.isin(self.positions_of(own), chosen)]), chosen
 
     def sample(self, count: int) -> Tensor:
         """Up to ``count`` of the points of all ranks, (m, D) float32, the same on every rank."""
-        positions = sampled_positions(self.total, min(count, SAMPLED_ROWS)).to(self.position.device)
-        held = list(chosen_rows(self.is_at(positions)))
-        return self._rows_at(positions, torch.cat(held) if held else positions[:0])
-
-    def is_at(self, positions: Tensor) -> Tensor:
-        """Which of this rank's points (n,) are at one of these positions (m,)."""
-        stripes = torch.split(self.position, STRIPE_ROWS)  # isin sorts both
-        return torch.cat([torch.isin(stripe, positions) for stripe in stripes])
+        positions = sampled_positions(self.total, min(count, SAMPLED_ROWS)).to(self.device)
+        return self._rows_at(positions, self.held(positions))
 
     def _rows_at(self, positions: Tensor, held: Tensor) -> Tensor:
         """The points at these sorted positions (m,), of which this rank has its rows ``held``."""
         rows = torch.zeros((len(positions), self.points.shape[1]), dtype=torch.float32, device=self.device)
         for part, block in self.blocks([held.sort().values]):
-            rows[torch.searchsorted(positions, self.position[part])] = block.float()
+            rows[torch.searchsorted(positions, self.positions_of(part))] = block.float()
         return self.sum(rows)
 
 
@@ -219,7 +234,6 @@ def _check_size(name: str, largest: float, x: Tensor | RowSource) -> None:
         raise ValueError(f"{name} must be small enough for float32 to square it on {x.device}, got {largest:.3g}")
 
 
-def positions(index: Tensor | None, device: torch.device, ranks: RankRows) -> Tensor:
-    """Where this rank's points are among those of all ranks: in the order of their ``index`` (n,), or rank by rank."""
-    position = torch.arange(ranks.own.start, ranks.own.stop, device=device)
-    return position if index is None else ranks.gather(index).argsort().argsort()[position]
+def positions(index: Tensor, ranks: RankRows) -> Tensor:
+    """Where this rank's points are among those of all ranks in the order of their ``index`` (n,)."""
+    return ranks.gather(index).argsort().argsort()[ranks.own]

@@ -226,8 +226,13 @@ def read_blocks(
             yield part, points[part]
 
 
+def stripes(count: int) -> Iterator[slice]:
+    """Parts of ``count`` rows: what is computed of one at a time holds temporary vectors of it alone."""
+    return (slice(start, min(start + STRIPE_ROWS, count)) for start in range(0, count, STRIPE_ROWS))
+
+
 def chosen_rows(mask: Tensor) -> Iterator[Tensor]:
     """Where a mask (n,) is True, as lists of ids that are made when they are wanted."""
-    for start in range(0, len(mask), STRIPE_ROWS):
-        ids = mask[start : start + STRIPE_ROWS].nonzero()[:, 0]
-        yield ids + start if start else ids
+    for part in stripes(len(mask)):
+        ids = mask[part].nonzero()[:, 0]
+        yield ids + part.start if part.start else ids

@@ -60,7 +60,7 @@ def _frame(points: ShardedPoints, num_clusters: int, spherical: bool) -> tuple[T
         for _, block in points.blocks():
             sums += directions(block, dtype).sum(0, dtype=wide)
     else:
-        one_segment = torch.zeros(len(points.position), dtype=torch.int64, device=device)
+        one_segment = torch.zeros(len(points.points), dtype=torch.int32, device=device)
         sums = segment_sums_and_counts(one_segment, points.points, 1)[0, :-1]
     # Far from the origin a score has no digits left for a distance.
     origin, spread = robust_origin(points.sum(sums) / points.total, sample)
@@ -73,7 +73,7 @@ def _tensors_of(best: EngineResult | None) -> dict[str, Tensor]:
         return {}
     assert best.labels is not None
     numbers = torch.tensor([*best.objectives, float(best.reseeded)], dtype=torch.float64, device="cpu")
-    return {"best_centroids": best.centroids, "best_labels": best.labels.int(), "best_objectives_and_reseeded": numbers}
+    return {"best_centroids": best.centroids, "best_labels": best.labels, "best_objectives_and_reseeded": numbers}
 
 
 def _result_in(saved: dict[str, Tensor], device: torch.device) -> EngineResult | None:
@@ -81,5 +81,5 @@ def _result_in(saved: dict[str, Tensor], device: torch.device) -> EngineResult |
     if "best_centroids" not in saved:
         return None
     *objectives, reseeded = saved["best_objectives_and_reseeded"].tolist()
-    labels = saved["best_labels"].long().to(device)
+    labels = saved["best_labels"].to(device)
     return EngineResult(saved["best_centroids"].to(device), tuple(objectives), int(reseeded), labels)

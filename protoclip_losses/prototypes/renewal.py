@@ -99,6 +99,6 @@ def draw_far_samples(
         squares = (block - centroids[own.clamp(min=0)]).square().sum(1)
         is_distinct = squares > 1e-12 * block.square().sum(1)  # less is rounding of a sample that equals its centroid
         weights[part] = squares.where((own >= 0) & is_distinct, 0)
-    position = positions(queue.sample_number.to(x.device), x.device, ranks)
+    position = positions(queue.sample_number.to(x.device), ranks)
     keys = exponential_keys(seed, version, 0, ranks.total).to(x.device)[position] / weights
     return {name: ShardedPoints(h, position, ranks).smallest(keys, count)[0] for name, h in queue.features.items()}

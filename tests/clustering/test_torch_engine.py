@@ -21,7 +21,7 @@ def spread(rows, width, seed=0):
 
 
 def sharded(features):
-    return ShardedPoints(features, torch.arange(len(features)), RankRows(None, [len(features)]))
+    return ShardedPoints(features, None, RankRows(None, [len(features)]))
 
 
 def lloyd(features, num_clusters, seed=0, run=0):
