@@ -50,6 +50,7 @@ autodoc_mock_imports = [  # the pages of the hosts are built where no host is in
 ]
 autodoc_inherit_docstrings = False  # torch.nn.Module's docstrings would appear under methods that we override
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # the text of a default, where its value has no readable form
 maximum_signature_line_length = 110
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -77,3 +78,12 @@ from protoclip_losses.metrics import *
 from protoclip_losses.plots import *
 from protoclip_losses.teachers import *
 """
+
+
+def readable_factories(app, what, name, obj, options, signature, returns):  # type: ignore[no-untyped-def]
+    """A signature with "<factory>", the default of a dataclass, is not Python: Sphinx would print it as it stands, unlinked."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
+def setup(app):  # type: ignore[no-untyped-def]
+    app.connect("autodoc-process-signature", readable_factories)

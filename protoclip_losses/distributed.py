@@ -2,9 +2,9 @@
 
 Each rank holds its own rows. InfoNCE sees the texts of all ranks and gives the gradient of each back to its owner::
 
-    rank 0   images z0 ──┐                  ┌── rows z0 against [t0 t1] ──┐  column sums over ranks,
-    texts t0 ── gather ──┼──── [t0 t1] ─────┤                             ├─ then the texts' gradient,
-    rank 1   images z1 ──┘                  └── rows z1 against [t0 t1] ──┘  summed to the rank that owns them
+    rank 0   images z0 ──┐                  ┌── rows z0 with [t0 t1] ──┐  column sums over ranks,
+    texts t0 ── gather ──┼──── [t0 t1] ─────┤                          ├─ then the texts' gradient,
+    rank 1   images z1 ──┘                  └── rows z1 with [t0 t1] ──┘  summed to the rank that owns them
 
 A rank's loss is its share: ``world_size * (sum over its rows) / (rows of all ranks)``. The mean of the shares is the loss
 of the whole batch, and the mean of the gradients, which DDP takes, is the gradient of one process on the whole batch.

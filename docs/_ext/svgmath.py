@@ -35,8 +35,22 @@ def draw(tex: str, inline: bool, node: nodes.Node) -> str:
     return ElementTree.tostring(svg, encoding="unicode")
 
 
+def keep_marks(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Give a formula in a text the mark that follows it: a browser would begin a line with "." or ")" after a drawing."""
+    if app.builder.format != "html":
+        return
+    for formula in list(doctree.findall(nodes.math)):
+        text = formula.next_node(descend=False, siblings=True)
+        if isinstance(text, nodes.Text) and (mark := re.match(r"[.,:;)]+", text)):
+            formula["mark"] = mark[0]
+            formula.parent.replace(text, nodes.Text(text[mark.end() :]))
+
+
 def visit_math(self: Any, node: nodes.math) -> None:
-    self.body.append(draw(node.astext(), True, node))
+    drawing = draw(node.astext(), True, node)
+    if "mark" in node:
+        drawing = f'<span style="white-space: nowrap">{drawing}{node["mark"]}</span>'
+    self.body.append(drawing)
     raise nodes.SkipNode
 
 
@@ -49,4 +63,5 @@ def visit_displaymath(self: Any, node: nodes.math_block) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("svg", inline_renderers=(visit_math, None), block_renderers=(visit_displaymath, None))
+    app.connect("doctree-resolved", keep_marks)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
