@@ -12,7 +12,7 @@ from ..distributed import RankRows, rank
 from ..functional.back_translation import segment_mean, segment_sum
 from ..kernels.sizes import rows_per_copy
 from .origin import LARGEST_LENGTH, SAMPLED_ROWS, sampled_positions
-from .row_source import STRIPE_ROWS, Part, RowSource, chosen_rows, read_blocks, stripes
+from .row_source import STRIPE_ROWS, Part, RowSource, chosen_rows, read_blocks
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -105,24 +105,27 @@ class ShardedPoints:
 
     def own(self, values: Tensor) -> Tensor:
         """Of values (N,) of the points of all ranks by position, those of this rank's points (n,)."""
-        return values[self.ranks.own if self.position is None else self.position]
+        own: Tensor = values[self.ranks.own if self.position is None else self.position]
+        return own
 
     def positions_of(self, part: Part) -> Tensor:
         """Where these points of this rank are among the points of all ranks."""
-        if self.position is not None:
-            return self.position[part]
         first = self.ranks.own.start
-        if isinstance(part, slice):
-            return torch.arange(first + part.start, first + part.stop, device=self.device)
-        return part + first
+        if self.position is not None:
+            positions: Tensor = self.position[part]
+        elif isinstance(part, slice):
+            positions = torch.arange(first + part.start, first + part.stop, device=self.device)
+        else:
+            positions = part + first
+        return positions
 
     def held(self, positions: Tensor) -> Tensor:
         """Which of this rank's points are at one of these sorted positions (m,): ids, ascending."""
         if self.position is None:
             own = self.ranks.own
             return positions[(positions >= own.start) & (positions < own.stop)] - own.start
-        stripes = torch.split(self.position, STRIPE_ROWS)  # isin sorts both
-        found = [torch.isin(stripe, positions).nonzero()[:, 0] + number * STRIPE_ROWS for number, stripe in enumerate(stripes)]
+        parts = enumerate(torch.split(self.position, STRIPE_ROWS))  # isin sorts both
+        found = [torch.isin(part, positions).nonzero()[:, 0] + number * STRIPE_ROWS for number, part in parts]
         return torch.cat(found) if found else positions[:0]
 
     def smallest(self, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
