@@ -105,7 +105,7 @@ def train(folder: Path, form: str, rows: int, args: argparse.Namespace) -> dict[
         prototypes = clusterer.build(bank, {"teacher": teacher}, internal=False, index=index)
         timed("later builds" if number else "first build", start)
         loss.set_prototypes(prototypes)
-        order = [batch for batch in index.split(args.batch) if len(batch) == args.batch]
+        order = [index[end - args.batch : end] for end in range(args.batch, len(index) + 1, args.batch)]
         bank = FeatureBank(torch.cat(order), args.width)
         for batch in order:
             image, text = features(batch)

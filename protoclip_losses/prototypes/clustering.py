@@ -11,9 +11,12 @@ from ..clustering.files import checksum
 from ..functional._labels import check_labels, label_range
 
 
-def tensor_versions(*tensors: Tensor) -> tuple[tuple[int, int], ...]:
-    """What changes when a tensor is written to, or another takes its place. Inference tensors have no count of writes."""
-    return tuple((id(x), 0 if x.is_inference() else x._version) for x in tensors)
+def tensor_versions(*tensors: Tensor) -> list[tuple[int, object]]:
+    """What changes when a tensor is written to, or another takes its place.
+
+    Inference tensors have no count of writes, so theirs is never the same.
+    """
+    return [(id(x), object() if x.is_inference() else x._version) for x in tensors]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,10 @@ def test_the_checksum_is_kept_until_a_tensor_is_written_to():
     copied.labels[0] = 2
     assert copied.checksum() == Clustering(centroids, copied.labels.clone()).checksum()
     with torch.inference_mode():
-        assert Clustering(torch.eye(3), torch.tensor([0, 1, 2])).checksum() == first
+        uncounted = Clustering(torch.eye(3), torch.tensor([0, 1, 2]))
+        assert uncounted.checksum() == first
+        uncounted.labels[0] = 1
+        assert uncounted.checksum() == Clustering(torch.eye(3), torch.tensor([1, 1, 2])).checksum()
 
 
 def test_ids_that_are_no_sample_indices_are_an_error():
