@@ -37,7 +37,8 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     method.add_argument("--weight-proto", type=float, default=1.0, help="weight of the image and text prototype terms")
     method.add_argument("--weight-external", type=float, default=1.0, help="weight of the external teacher's terms")
     method.add_argument("--weight-distill", type=float, default=0.0, help="weight of relational distillation of the teachers")
-    teachers = "words (of the captions), minilm, .npy files with a row per training pair; one or several, or none"
+    teachers = "words (of the captions), minilm, .npy files with a row per training pair, or clusters of such rows, the folder "
+    teachers += "or file of python -m protoclip_losses.cluster; one or several, or none"
     method.add_argument("--teacher", nargs="+", default=["words"], help=teachers)
     method.add_argument("--teacher-width", type=int, default=64, help="width of the teachers' features, by SVD or PCA")
     clustered = "cluster teachers once, over all training pairs, or in each episode"

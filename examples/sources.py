@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +18,10 @@ from first_pass import number_pairs
 from pairs import Pairs, emoji_pairs, hold_out
 from PIL import Image
 
-from protoclip_losses import Clustering, EpisodicClusterer, TeacherAdapter
+from protoclip_losses import Clustering, EpisodicClusterer, KMeansResult, TeacherAdapter
 
 log = logging.getLogger("train")
+TEACHERS = "words, minilm, none, .npy files, or what python -m protoclip_losses.cluster wrote"
 
 
 def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, world_size: int) -> tuple[Pairs, Pairs]:
@@ -51,33 +54,89 @@ def load_pairs(args: argparse.Namespace, run_dir: Path, side: int, rank: int, wo
     return train, held_out
 
 
-def load_teachers(args: argparse.Namespace, train: Pairs, run_dir: Path, device: torch.device) -> dict[str, TeacherAdapter]:
-    """External teachers of train_cc3m.py by name, each with a row per training pair."""
-    names = [] if args.teacher == ["none"] else args.teacher
-    teachers = dict(_load_teacher(name, args.teacher_width, train, run_dir, device) for name in names)
-    if len(teachers) < len(names):
-        raise SystemExit(f"--teacher must name each teacher once, got {' '.join(names)}")
-    return teachers
+def load_teachers(
+    args: argparse.Namespace, train: Pairs, run_dir: Path, device: torch.device
+) -> tuple[dict[str, TeacherAdapter], dict[str, Clustering]]:
+    """External teachers of train_cc3m.py by name: features of each training pair, and clusters that were found before."""
+    given = [] if args.teacher == ["none"] else args.teacher
+    # Files first: what is wrong with one is said before captions are encoded.
+    found = {
+        text: _load_teacher(text, args.teacher_width, train, run_dir, device)
+        for text in sorted(given, key=lambda text: text in ("words", "minilm"))
+    }
+    named = dict(found[text] for text in given)
+    if len(named) < len(given):
+        raise SystemExit(f"--teacher must name each teacher once, got {' '.join(given)}")
+    if taken := named.keys() & {"image", "text"}:
+        raise SystemExit(
+            f"--teacher must not be named like a modality, got {', '.join(sorted(taken))}: rename the file or folder"
+        )
+    teachers = {name: teacher for name, teacher in named.items() if isinstance(teacher, TeacherAdapter)}
+    clusterings = {name: teacher for name, teacher in named.items() if isinstance(teacher, Clustering)}
+    if clusterings and (args.method == "online" or (args.weight_distill and not teachers)):
+        option = "--method online" if args.method == "online" else "--weight-distill"
+        raise SystemExit(f"--teacher must have features with {option}, got clusters: {', '.join(clusterings)}")
+    return teachers, clusterings
 
 
-def _load_teacher(name: str, width: int, train: Pairs, run_dir: Path, device: torch.device) -> tuple[str, TeacherAdapter]:
-    captions = list(train.captions)
-    if name == "words":
-        return name, TeacherAdapter.from_captions(captions, width, run_dir / "words.npy")
+def _load_teacher(
+    text: str, width: int, train: Pairs, run_dir: Path, device: torch.device
+) -> tuple[str, TeacherAdapter | Clustering]:
+    captions, path = list(train.captions), Path(text)
+    if text == "words":
+        return text, TeacherAdapter.from_captions(captions, width, run_dir / "words.npy")
     width = min(width, len(train))
-    if name == "minilm":
-        return name, TeacherAdapter.from_encoder(minilm_encoder(device), captions, cache=run_dir / "minilm.npy", dim=width)
-    if not Path(name).is_file():
-        raise SystemExit(f"--teacher must be words, minilm, none, or an existing .npy file, got {name}")
-    teacher = TeacherAdapter.from_file(name)
+    if text == "minilm":
+        return text, TeacherAdapter.from_encoder(minilm_encoder(device), captions, cache=run_dir / "minilm.npy", dim=width)
+    if path.is_dir() or (path.is_file() and not _is_npy(path)):
+        return path.resolve().name if path.is_dir() else path.stem, _load_clusters(path, train, run_dir)
+    if not path.is_file():
+        raise SystemExit(f"--teacher must be {TEACHERS}, got {text}, which does not exist")
+    teacher = TeacherAdapter.from_file(path)
     if len(teacher) != len(train):
         raise SystemExit(
             f"--teacher must have a row for each of the {len(train)} lines of {run_dir / 'train_captions.txt'}, in that order, "
-            f"got {name} with {len(teacher)} rows"
+            f"got {text} with {len(teacher)} rows"
         )
     if width < teacher.dim:
-        teacher = TeacherAdapter.from_file(name, dim=width)
-    return Path(name).stem, teacher
+        teacher = TeacherAdapter.from_file(path, dim=width)
+    return path.stem, teacher
+
+
+def _is_npy(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return path.suffix == ".npy" or file.read(6) == np.lib.format.MAGIC_PREFIX
+
+
+def _load_clusters(path: Path, train: Pairs, run_dir: Path) -> Clustering:
+    """What ``python -m protoclip_losses.cluster`` wrote: labels stay on the disk, and K-means need not run."""
+    try:
+        result = KMeansResult.load(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"--teacher must be {TEACHERS}, got {path}: {error}") from error
+    if result.index is not None or len(result.labels) != len(train):
+        ids = "" if result.index is None else " and ids of their own"
+        raise SystemExit(
+            f"--teacher must have a label for each of the {len(train)} lines of {run_dir / 'train_captions.txt'}, in that order, "
+            f"got {path} with {len(result.labels)} labels{ids}"
+        )
+    return Clustering(result.centroids, result.labels)
+
+
+class GivenClusters:
+    """Which clusters a run was given: a run that is resumed must be given the same."""
+
+    def __init__(self, clusterings: Mapping[str, Clustering]) -> None:
+        self.checksums = {name: clustering.checksum() for name, clustering in clusterings.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"checksums": self.checksums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if changed := [name for name, checksum in self.checksums.items() if state["checksums"].get(name) != checksum]:
+            raise ValueError(
+                f"--teacher must be the clusters that the run began with, and these are others: {', '.join(changed)}"
+            )
 
 
 def cluster_teachers(

@@ -47,7 +47,7 @@ from evaluate import report
 from pairs import Pairs, load_batches
 from processes import start_processes
 from run_folder import STAGES, RunState, open_run_dir
-from sources import cluster_teachers, load_pairs, load_teachers
+from sources import GivenClusters, cluster_teachers, load_pairs, load_teachers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -78,11 +78,12 @@ def main() -> None:
     model.to(device)
     pairs, held_out = load_pairs(args, run_dir, inputs.decoded_side, rank, world_size)
     set_sizes(args, len(pairs), world_size)
-    teachers = {} if args.method == "clip" else load_teachers(args, pairs, run_dir, device)
+    teachers, given = ({}, {}) if args.method == "clip" else load_teachers(args, pairs, run_dir, device)
     sampler = EpisodeSampler(len(pairs), args.episode_size, seed=args.seed, episodes=args.episodes)
     loss, clusterer = new_loss(args), new_clusterer(args)
     is_clustered_once = args.method == "protoclip" and args.teacher_clusters == "whole"
-    clusterings = cluster_teachers(teachers, new_clusterer(args), run_dir, rank) if is_clustered_once else {}
+    found = cluster_teachers(teachers, new_clusterer(args), run_dir, rank) if is_clustered_once else {}
+    clusterings = {**found, **given}
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -92,6 +93,8 @@ def main() -> None:
     for name, obj in stateful.items():
         state.register(name, obj)
     state.register("loss", loss, per_rank=args.method == "online")  # where each rank has its own queue
+    if given:
+        state.register("given clusters", GivenClusters(given))
     if args.resume:
         state.load()
     sampler.number = state.progress.episode

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from ..clustering import KMeans, KMeansResult
+from ..clustering.result import RESULT
 from ..plots import cluster_sizes
 from ..teachers import TeacherAdapter
 from ..teachers.files import open_rows
 
-RESULT, REPORT, PICTURE, CAPTIONS, CHECKPOINT = "clusters", "report.json", "sizes.png", "captions.txt", "checkpoint"
+REPORT, PICTURE, CAPTIONS, CHECKPOINT = "report.json", "sizes.png", "captions.txt", "checkpoint"
 ENCODED = "words.npy"
 
 

@@ -16,6 +16,7 @@ from .report import ClusteringReport
 from .row_source import row_source
 
 KIND = "KMeansResult.save"
+RESULT = "clusters"  # the file of a result in the folder of the command
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -101,6 +102,9 @@ class KMeansResult:
     def load(cls, path: str | os.PathLike[str]) -> "KMeansResult":
         """Read what :meth:`save` wrote, on the CPU. Labels and index stay on the disk, memory-mapped.
 
+        Args:
+            path: the file, or the folder that ``python -m protoclip_losses.cluster`` wrote it to.
+
         Raises:
             FileNotFoundError: no such file.
             ValueError: a file of another kind or format, or one that is cut short.
@@ -113,7 +117,8 @@ class KMeansResult:
             >>> KMeansResult.load(path).counts.tolist()
             [2, 1]
         """
-        tensors, facts = read_tensors(Path(path), KIND)
+        path = Path(path)
+        tensors, facts = read_tensors(path / RESULT if path.is_dir() else path, KIND)
         report = facts["report"]
         report = ClusteringReport(**{**report, "objectives": tuple(report["objectives"])})
         centroids, counts = (tensors[name].clone() for name in ("centroids", "counts"))

@@ -11,6 +11,14 @@ from ..clustering.files import checksum
 from ..functional._labels import check_labels, label_range
 
 
+def tensor_versions(*tensors: Tensor) -> list[tuple[int, object]]:
+    """What changes when a tensor is written to, or another takes its place.
+
+    Inference tensors have no count of writes, so theirs is never the same.
+    """
+    return [(id(x), object() if x.is_inference() else x._version) for x in tensors]
+
+
 @dataclass(frozen=True)
 class Clustering:
     """A teacher's clustering: K centroids, and the label of each sample if labels are stored.
@@ -40,8 +48,12 @@ class Clustering:
                 label_range("labels", labels.where(labels != -1, 0).flatten(), num, " or be -1")
 
     def checksum(self) -> int:
-        """Of centroids and labels, which all ranks must have alike."""
-        return checksum(self.centroids, *([] if self.labels is None else [self.labels]))
+        """Of centroids and labels, which all ranks must have alike. It is kept until one of them is written to."""
+        tensors = [x for x in (self.centroids, self.labels) if x is not None]
+        kept, versions = vars(self), tensor_versions(*tensors)
+        if kept.get("_versions") != versions:  # a pass over all labels, which may be those of a whole data set
+            kept.update(_versions=versions, _checksum=checksum(*tensors))
+        return int(kept["_checksum"])
 
     def to(self, device: torch.device | str) -> "Clustering":
         """The same on another device."""

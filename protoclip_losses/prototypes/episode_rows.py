@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from .. import _checks as check
 from ..clustering.kmeans import KMeansResult
 from ..distributed import Group, RankRows, gather_strings, validate_rows
 from ..episodes import FeatureBank
-from .clustering import Clustering
+from .clustering import Clustering, tensor_versions
 
 if TYPE_CHECKING:
     from ..teachers import TeacherAdapter
 
+# The clusterings of results that live, with the versions of the tensors they were made of.
+_conversions: WeakKeyDictionary[KMeansResult, tuple[Any, Clustering]] = WeakKeyDictionary()
 LOOKED_AT = 2**20  # ids that are compared at a time
 LARGEST_GAP = 16  # samples for each row of a clustering of some of them: more are ids and no indices
 
@@ -43,7 +46,7 @@ def modalities(bank: FeatureBank, group: Group | None) -> tuple[dict[str, Tensor
 
 def clustering_of(name: str, teacher: Clustering | KMeansResult) -> Clustering:
     """A teacher that was clustered over the whole data set, with labels by sample index."""
-    clustering = teacher if isinstance(teacher, Clustering) else Clustering(teacher.centroids, _by_sample(name, teacher))
+    clustering = teacher if isinstance(teacher, Clustering) else _converted(name, teacher)
     if clustering.labels is None:
         raise ValueError(f"teacher {name!r} must have labels by sample index, got a clustering without")
     return clustering
@@ -100,6 +103,16 @@ def labels_of(name: str, teacher: Clustering, index: Tensor) -> Tensor:
             f"(sample {int(index[unknown][0])}, for one)"
         )
     return teacher.labels[index.to(teacher.labels.device)].to(index.device).long()
+
+
+def _converted(name: str, teacher: KMeansResult) -> Clustering:
+    """The clustering of a result, which is made once: to check the labels of a whole data set takes reading all of them."""
+    versions = tensor_versions(*(x for x in (teacher.centroids, teacher.labels, teacher.index) if x is not None))
+    known, clustering = _conversions.get(teacher, (None, None))
+    if clustering is None or known != versions:
+        clustering = Clustering(teacher.centroids, _by_sample(name, teacher))
+        _conversions[teacher] = versions, clustering
+    return clustering
 
 
 def _by_sample(name: str, teacher: KMeansResult) -> Tensor:

@@ -96,6 +96,15 @@ def test_tensors_of_any_shape_and_order_survive(tmp_path):
         assert torch.equal(found[name], x)
 
 
+def test_the_folder_of_the_command_is_read_too(tmp_path):
+    result = KMeans(20).fit(rows())
+    result.save(tmp_path / "clusters")
+    for path in (tmp_path, str(tmp_path), tmp_path / "clusters"):
+        assert torch.equal(KMeansResult.load(path).labels, result.labels)
+    with pytest.raises(FileNotFoundError, match="clusters"):
+        KMeansResult.load(tmp_path.parent)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "clusters"
     with pytest.raises(FileNotFoundError, match="clusters"):

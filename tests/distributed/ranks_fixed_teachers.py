@@ -50,5 +50,12 @@ def clusterings_that_differ_by_rank_raise_on_all(rank, world_size, folder):
     with pytest.raises(ValueError, match="ranks must agree on teachers"):
         EpisodicClusterer(2).build(bank_of(own), {"t": Clustering(torch.eye(2), labels)}, internal=False)
     same = Clustering(torch.eye(2), labels * 0)
+    for _ in range(2):  # the second time by the checksum that was kept
+        EpisodicClusterer(2).build(bank_of(own), {"t": same}, internal=False)
+    assert same.labels is not None
+    same.labels[rank] = 1
+    with pytest.raises(ValueError, match="ranks must agree on teachers"):
+        EpisodicClusterer(2).build(bank_of(own), {"t": same}, internal=False)
+    same = Clustering(torch.eye(2), labels * 0)
     with pytest.raises(ValueError, match="ranks must agree on index"):
         EpisodicClusterer(2).build(bank_of(own), {"t": same}, internal=False, index=torch.tensor([rank]))

@@ -1,8 +1,12 @@
 """Data that the tests of several hosts read."""
 
+import subprocess
+import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
+import torch
 
 from protoclip_losses import EpisodicClusterer, KMeans, TeacherAdapter
 
@@ -52,6 +56,16 @@ def words(pairs):
 @pytest.fixture(scope="module")
 def clusters(words):
     return EpisodicClusterer(4).fit_teacher(words)
+
+
+@pytest.fixture(scope="module")
+def command_clusters(words, tmp_path_factory):
+    """The folder that the command writes, in a process of its own, of the same features."""
+    folder = tmp_path_factory.mktemp("command")
+    np.save(folder / "words.npy", words[torch.arange(len(words))].numpy())
+    arguments = [str(folder / "words.npy"), "--num-clusters", "4", "--out", str(folder / "clusters"), "--quiet"]
+    subprocess.run([sys.executable, "-m", "protoclip_losses.cluster", *arguments], check=True)
+    return folder / "clusters"
 
 
 @pytest.fixture

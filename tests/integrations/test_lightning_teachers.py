@@ -16,6 +16,7 @@ from protoclip_losses import (
     EpisodeOrder,
     EpisodeSampler,
     KMeans,
+    KMeansResult,
     OnlinePrototypes,
     ProtoLoss,
     WithIndex,
@@ -45,10 +46,12 @@ def only_words(module=Clip):
     return model
 
 
-@pytest.mark.parametrize("kind", ["clustering", "result"])
-def test_a_teacher_that_was_clustered_is_not_clustered_again(tmp_path, pairs, words, clusters, widths, kind):
+@pytest.mark.parametrize("kind", ["clustering", "result", "command"])
+def test_a_teacher_that_was_clustered_is_not_clustered_again(tmp_path, pairs, words, clusters, command_clusters, widths, kind):
     if kind == "result":
         clusters = KMeans(4).fit(words[torch.arange(ROWS)])
+    elif kind == "command":
+        clusters = KMeansResult.load(command_clusters / "clusters")
     widths.clear()
     external = External()
     callback = ProtoCLIPCallback(4, teachers={"words": clusters})

@@ -25,7 +25,8 @@ from open_clip_runs import (
 from open_clip_train import main as host
 from open_clip_train.params import parse_args
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, ProtoLoss, TeacherAdapter
+from protoclip_losses import EpisodicClusterer, FeatureBank, KMeans, KMeansResult, ProtoLoss, TeacherAdapter
+from protoclip_losses.cluster import main as cluster
 from protoclip_losses.integrations.open_clip import Launcher, main, parse_arguments
 from protoclip_losses.integrations.open_clip.data import IndexedBatches
 
@@ -175,7 +176,7 @@ def test_a_teacher_has_one_name(capsys):
     assert "--proto-teacher must name each teacher once, got words words" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_arguments(["--model", "tiny", "--proto-teacher", "word"])
-    assert "must be words or NAME=FILE.npy, got 'word'" in capsys.readouterr().err
+    assert "must be words, NAME=FILE.npy or NAME=CLUSTERS, got 'word'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [[], ["--proto-online"]], ids=["episodes", "online"])
@@ -190,3 +191,68 @@ def test_the_rows_of_a_file_are_compared_with_the_data(tmp_path, table, rows, wo
     train(main, tmp_path, "run", *teacher, *csv(table, "--epochs", 1))
     assert log(tmp_path, "run").count("rows for 48 samples") == (word is not None)
     assert word is None or word in log(tmp_path, "run")
+
+
+# --- clusters of the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of rows more than the csv has, so that the first ones may be taken too."""
+    folder = tmp_path_factory.mktemp("clustered")
+    for rows in (ROWS - 8, ROWS, ROWS + 2):
+        np.save(folder / "rows.npy", torch.randn(rows, 6, generator=torch.Generator().manual_seed(0)).numpy())
+        cluster([str(folder / "rows.npy"), "--num-clusters", "5", "--out", str(folder / str(rows)), "--quiet"])
+    return folder
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_clusters_of_the_command_are_looked_up_and_not_made(tmp_path, table, folder, built, form):
+    path = folder / str(ROWS) / ("clusters" if form == "file" else "")
+    train(main, tmp_path, "run", "--proto-teacher", f"t={path}", *HEADS, "--proto-weight", 0, *csv(table, "--epochs", 3))
+    assert built["widths"] == []
+    result = KMeansResult.load(path)
+    assert len(built["prototypes"]) == 2
+    for prototypes in built["prototypes"]:
+        assert set(prototypes.terms) == {("image", "t"), ("text", "t")}
+        assert torch.equal(prototypes.labels_by_teacher["t"], result.labels)
+    assert min(logged(tmp_path, "run", "Proto_external_loss")[ROWS // BATCH :]) > 0.3
+
+
+def test_a_resumed_run_with_clusters_ends_where_an_uninterrupted_one_does(tmp_path, table, folder, monkeypatch):
+    in_an_order_of_its_own(monkeypatch)
+    common = ["--proto-teacher", f"t={folder / str(ROWS)}", *WORDS, *csv(table, "--epochs", 3, *STILL)]
+    train(main, tmp_path, "whole", *common)
+    train(main, tmp_path, "rest", "--resume", tmp_path / "whole" / "checkpoints" / "epoch_2.pt", *common)
+    assert_same_end(tmp_path, "rest", "whole", 3)
+    assert logged(tmp_path, "rest", "Proto_external_loss")[-1] > 0.3
+
+
+def test_the_labels_of_clusters_are_compared_with_the_data(tmp_path, table, folder):
+    with pytest.raises(ValueError, match=r"--proto-teacher: .*40 must have a row for each of 48 samples, got 40"):
+        train(main, tmp_path, "few", "--proto-teacher", f"t={folder / str(ROWS - 8)}", *HEADS, *csv(table, "--epochs", 1))
+    train(main, tmp_path, "more", "--proto-teacher", f"t={folder / str(ROWS + 2)}", *HEADS, *csv(table, "--epochs", 1))
+    assert log(tmp_path, "more").count("--proto-teacher t has 50 rows for 48 samples") == 1
+
+
+def test_what_cannot_be_taken_for_clusters_is_an_error_before_training(tmp_path, table, shards, folder):
+    (tmp_path / "text").write_text("red bus\n" * 10)
+    np.save(tmp_path / "rows.npy", np.zeros((ROWS, 6), np.float32))
+    good = folder / str(ROWS)
+    for path, data, error, message in (
+        (
+            good,
+            ["--proto-online", *csv(table)],
+            ValueError,
+            "--proto-teacher t must have features with --proto-online, got clusters",
+        ),
+        (good, webdataset(shards), ValueError, "--proto-teacher needs --dataset-type csv"),
+        (tmp_path / "text", csv(table), ValueError, "--proto-teacher must name .npy files or what .* got another kind of file"),
+        (tmp_path / "none", csv(table), FileNotFoundError, "none"),
+        (tmp_path, csv(table), FileNotFoundError, "clusters"),  # a folder of something else
+    ):
+        with pytest.raises(error, match=message):
+            train(main, tmp_path, f"run {message[:30]}", "--proto-teacher", f"t={path}", *HEADS, *data, "--epochs", 1)
+    (tmp_path / "rows.npy").rename(tmp_path / "features")  # whatever their file is called
+    features = ["--proto-teacher", f"t={tmp_path / 'features'}", "--proto-teacher-dim", 4]
+    train(main, tmp_path, "run", *features, *HEADS, *csv(table, "--epochs", 1))

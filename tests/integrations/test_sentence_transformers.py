@@ -15,7 +15,7 @@ from st_trainer import HEADS, ROWS, Recorded, model, online, pairs, trainer, wei
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from protoclip_losses import EpisodicClusterer, FeatureBank, ProtoLoss, TeacherAdapter
+from protoclip_losses import EpisodicClusterer, FeatureBank, KMeansResult, ProtoLoss, TeacherAdapter
 from protoclip_losses.functional import info_nce, sigmoid_pair_loss
 from protoclip_losses.integrations.sentence_transformers import ProtoCLIPCallback, ProtoCLIPLoss
 
@@ -97,10 +97,15 @@ def test_online_with_words_looks_them_up_by_label(tmp_path):
         trainer(tmp_path, loss=online(), teachers={"words": words}, data=without_labels()).train()
 
 
-def test_words_that_are_clustered_once(tmp_path, widths):
+@pytest.fixture(scope="module")
+def words():
     pytest.importorskip("sklearn")
-    clusters = EpisodicClusterer(4).fit_teacher(TeacherAdapter.from_captions(pairs()["caption"], dim=8))
-    widths.clear()
+    return TeacherAdapter.from_captions(pairs()["caption"], dim=8)
+
+
+@pytest.mark.parametrize("kind", ["clustering", "command"])
+def test_words_that_are_clustered_once(tmp_path, clusters, command_clusters, widths, kind):
+    clusters = clusters if kind == "clustering" else KMeansResult.load(command_clusters / "clusters")
     run = trainer(tmp_path, loss=Recorded(w_proto=0.0), teachers={"words": clusters})
     run.train()
     assert widths == []

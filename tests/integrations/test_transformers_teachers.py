@@ -10,7 +10,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 from hf_trainer import Recorded, trainer, weights
 
-from protoclip_losses import Clustering, KMeans, OnlinePrototypes, ProtoLoss
+from protoclip_losses import Clustering, KMeans, KMeansResult, OnlinePrototypes, ProtoLoss
 
 ROWS = 44
 
@@ -19,10 +19,12 @@ def external(loss):
     return [parts["proto_external_loss"] for _, parts in loss.calls]
 
 
-@pytest.mark.parametrize("kind", ["clustering", "result"])
-def test_a_teacher_that_was_clustered_is_not_clustered_again(tmp_path, pairs, words, clusters, widths, kind):
+@pytest.mark.parametrize("kind", ["clustering", "result", "command"])
+def test_a_teacher_that_was_clustered_is_not_clustered_again(tmp_path, pairs, words, clusters, command_clusters, widths, kind):
     if kind == "result":
         clusters = KMeans(4).fit(words[torch.arange(ROWS)])
+    elif kind == "command":
+        clusters = KMeansResult.load(command_clusters / "clusters")
     widths.clear()
     loss = Recorded()
     run = trainer(tmp_path, pairs, loss=loss, teachers={"words": clusters}, arguments={"num_train_epochs": 3})

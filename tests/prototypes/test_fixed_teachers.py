@@ -1,5 +1,6 @@
 """Teachers that are clustered once for the whole data set, and several labels for a sample."""
 
+import copy
 import sys
 
 import numpy as np
@@ -79,6 +80,49 @@ def test_labels_of_a_whole_data_set_may_be_narrow_on_the_disk_or_in_another_orde
         assert built.terms[pair].labels.dtype == torch.int64
         assert torch.equal(built.terms[pair].labels, term.labels)
         assert torch.allclose(built.terms[pair].prototypes, term.prototypes, atol=1e-6)
+
+
+def test_labels_are_checked_once_and_again_when_they_were_written_to(monkeypatch):
+    """A pass over the labels of a whole data set belongs to the first episode alone."""
+    passes, aminmax = [], torch.Tensor.aminmax
+
+    def counted_aminmax(x, **more):
+        passes.append(x.numel())
+        return aminmax(x, **more)
+
+    result = KMeans(K).fit(TEACHER, index=torch.arange(N).flip(0))
+    monkeypatch.setattr(torch.Tensor, "aminmax", counted_aminmax)
+    first, second = (
+        EpisodicClusterer(3).build(bank_of(EPISODE), {"t": result}, internal=False).terms["image", "t"] for _ in range(2)
+    )
+    assert passes.count(N) == 2  # of index and labels, in the first build
+    assert torch.equal(first.labels, second.labels)
+    other = KMeans(K).fit(TEACHER, index=torch.arange(N).flip(0))
+    EpisodicClusterer(3).build(bank_of(EPISODE), {"t": other}, internal=False)
+    assert passes.count(N) == 4  # another result is looked at for itself
+    result.labels[N - 1 - EPISODE[0]] = K
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, {K}\) or be -1, got {K} at position {EPISODE[0]}"):
+        EpisodicClusterer(3).build(bank_of(EPISODE), {"t": result}, internal=False)
+
+
+def test_the_checksum_is_kept_until_a_tensor_is_written_to():
+    labels, centroids = torch.tensor([0, 1, 2]), torch.eye(3)
+    clustering = Clustering(centroids, labels)
+    first = clustering.checksum()
+    assert clustering.checksum() == first == Clustering(centroids.clone(), labels.clone()).checksum()
+    labels[0] = 1
+    second = clustering.checksum()
+    assert second == Clustering(centroids, labels.clone()).checksum() != first
+    centroids[0, 0] = 2
+    assert clustering.checksum() == Clustering(centroids.clone(), labels).checksum() != second
+    copied = copy.deepcopy(clustering)
+    copied.labels[0] = 2
+    assert copied.checksum() == Clustering(centroids, copied.labels.clone()).checksum()
+    with torch.inference_mode():
+        uncounted = Clustering(torch.eye(3), torch.tensor([0, 1, 2]))
+        assert uncounted.checksum() == first
+        uncounted.labels[0] = 1
+        assert uncounted.checksum() == Clustering(torch.eye(3), torch.tensor([1, 1, 2])).checksum()
 
 
 def test_ids_that_are_no_sample_indices_are_an_error():

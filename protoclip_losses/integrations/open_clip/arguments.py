@@ -8,12 +8,12 @@ from .teachers import WORDS
 
 
 def _teacher(text: str) -> tuple[str, str | None]:
-    """Its name and its file; there is none of the captions' own words."""
+    """Its name and its file or folder; there is none of the captions' own words."""
     if text == WORDS:
         return text, None
     name, _, file = text.partition("=")
     if not name or not file:
-        raise argparse.ArgumentTypeError(f"must be {WORDS} or NAME=FILE.npy, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {WORDS}, NAME=FILE.npy or NAME=CLUSTERS, got {text!r}")
     return name, file
 
 
@@ -38,8 +38,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         "--proto-teacher",
         action="append",
         type=_teacher,
-        metavar=f"{WORDS} | NAME=FILE.npy",
-        help=f"{WORDS}: those of the csv's captions; or a file with a row per row of the csv; may be given several times",
+        metavar=f"{WORDS} | NAME=FILE.npy | NAME=CLUSTERS",
+        help=f"{WORDS}: those of the csv's captions; or a file with a row per row of the csv; or what python -m "
+        "protoclip_losses.cluster wrote of such rows; may be given several times",
     )
     p.add_argument("--proto-teacher-dim", type=int, default=64, help="width of teachers, by SVD or PCA")
     p.add_argument("--proto-keep-loss", action="store_true", help="open_clip's own loss computes the contrastive part")
