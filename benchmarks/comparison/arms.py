@@ -18,6 +18,7 @@ class Settings:
     learning_rate: float = 1e-3
     warmup_steps: int = 40
     weight_decay: float = 0.2
+    precision: str = "bf16"  # of the image encoder: "bf16", or "fp32" for processors without products of bfloat16
     side: int = 24  # of the pictures, in pixels, as the image encoder sees them
     drawings: str = "all"  # "all", or "one" of each concept
     samples: int = 0  # training pictures, drawn at random, the same ones for every seed; 0: all

@@ -132,6 +132,12 @@ def main() -> None:
     done = finished(args.table)
     pending = [run for run in runs if run.key not in done]
     print(f"{len(runs)} runs planned, {len(pending)} left", flush=True)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(Settings(**run.changed).precision == "bf16" for run in pending):
+        print(
+            "warning: this processor has no products of bfloat16, in which image encoders run: a step takes a hundred times as "
+            'long. "precision": "fp32" in the plan\'s settings runs them in float32, for all arms that are compared',
+            flush=True,
+        )
     data = plan_data(json.loads(args.plan.read_text()))
     file = file_of(data, args.data)
     if any(needs_minilm(Settings(**run.changed)) for run in pending):

@@ -51,7 +51,8 @@ def train(settings: Settings, seed: int, file: Path, data: DataSet) -> Iterator[
     model, inputs = build_model("small", seed, PROJECTION, settings.head_width, settings.head_norm)
     inputs = replace(inputs, side=settings.side, tokenize=WordHash(length=WORDS))
     # bfloat16 makes the convolutions twice as fast but not the text encoder; the losses are in float32.
-    model.clip.visual.forward = torch.autocast("cpu", torch.bfloat16)(model.clip.visual.forward)  # type: ignore[union-attr]
+    in_bf16 = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
+    model.clip.visual.forward = in_bf16(model.clip.visual.forward)  # type: ignore[union-attr]
     tokens = inputs.tokenize(pool_captions)
     evaluation = data.evaluation(pairs, rows, inputs, settings.judged_on)
     del pairs, train_pairs

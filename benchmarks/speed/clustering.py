@@ -10,7 +10,8 @@
     python -m benchmarks.speed.clustering --csv out.csv
 
 The reference is ``faiss.Kmeans(niter=20, nredo=3)`` on all rows, with labels from a search of its index, and without it the first
-engine. Round r runs all engines one after the other with seed r. Objectives are sums of squared distances to the assigned centroids, in float64.
+engine. Round r runs all engines one after the other with seed r. Objectives are sums of squared distances to the assigned
+centroids, in float64.
 """
 
 import argparse

@@ -110,20 +110,19 @@ class ShardedPoints:
 
     def positions_of(self, part: Part) -> Tensor:
         """Where these points of this rank are among the points of all ranks."""
-        first = self.ranks.own.start
         if self.position is not None:
-            positions: Tensor = self.position[part]
-        elif isinstance(part, slice):
-            positions = torch.arange(first + part.start, first + part.stop, device=self.device)
-        else:
-            positions = part + first
-        return positions
+            return self.position[part]
+        first = self.ranks.own.start
+        if isinstance(part, slice):
+            return torch.arange(first + part.start, first + part.stop, device=self.device)
+        return part.add(first)
 
     def held(self, positions: Tensor) -> Tensor:
         """Which of this rank's points are at one of these sorted positions (m,): ids, ascending."""
         if self.position is None:
-            own = self.ranks.own
-            return positions[(positions >= own.start) & (positions < own.stop)] - own.start
+            first, end = self.ranks.own.start, self.ranks.own.stop
+            held: Tensor = positions[(positions >= first) & (positions < end)] - first
+            return held
         parts = enumerate(torch.split(self.position, STRIPE_ROWS))  # isin sorts both
         found = [torch.isin(part, positions).nonzero()[:, 0] + number * STRIPE_ROWS for number, part in parts]
         return torch.cat(found) if found else positions[:0]

@@ -288,7 +288,7 @@ def test_a_run_is_added_once(tmp_path):
 @pytest.mark.slow
 def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path):
     plan, table = tmp_path / "plan.json", tmp_path / "results" / "table.csv"
-    small = {"passes": 2, "batch_size": 64, "num_prototypes": 8, "side": 16, "head_width": 32}
+    small = {"passes": 2, "batch_size": 64, "num_prototypes": 8, "side": 16, "head_width": 32, "precision": "fp32"}
     words = {"method": "episodic", "features": "training", "teacher": "words", "w_external": 1.0}
     arms = {
         "random": {"passes": 0},
@@ -310,7 +310,7 @@ def test_every_arm_trains_and_a_second_call_runs_what_is_missing(data, tmp_path)
         "online_words": {"method": "online", "teacher": "words", "w_external": 1.0, "teacher_dim": 16},
         "distill": {"teacher": "words", "distill": "relational", "w_distill": 2.0},
         "sampled": {**words, "w_proto": 0, "teacher_clusters": "whole", "sampled": 0.1},
-        "classes": {"word_classes": 1.0},
+        "classes": {"word_classes": 1.0, "precision": "bf16"},
     }
     plan.write_text(json.dumps({"common": small, "arms": {name: {"seeds": 1, "settings": s} for name, s in arms.items()}}))
 
