@@ -51,6 +51,15 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_no_cluster_is_larger_than_asked(files):
+    arguments = [files / "features.npy", "--num-clusters", 7, "--out", files / "out", "--quiet"]
+    assert command(*arguments, "--max-cluster-size", 86).returncode == 0
+    assert int(KMeansResult.load(files / "out" / "clusters").counts.max()) <= 86
+    done = command(*arguments, "--max-cluster-size", 85)
+    assert done.returncode == 1
+    assert "max_cluster_size must be at least 86 for 600 finite rows in num_clusters=7 clusters, got 85" in done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 def test_a_killed_command_is_resumed_and_writes_its_results(files):
     out = files / "out" / "clusters"

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> KMeansResult:
         tol=args.tol,
         seed=args.seed,
         spherical=args.spherical,
+        max_cluster_size=args.max_cluster_size,
         device=args.device,
         process_group=False,
         progress=not args.quiet,
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tol", type=float, default=1e-3, help="share of the objective to stop at (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spherical", action="store_true", help="cluster by cosine")
+    parser.add_argument("--max-cluster-size", type=int, help="no cluster has more rows; ceil(N / K): clusters of one size")
     parser.add_argument("--dim", type=int, default=128, help="width of the words' features (default: %(default)s)")
     parser.add_argument("--device", help="where K-means runs, such as cuda; the rows are copied there in blocks")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder, if there is one")

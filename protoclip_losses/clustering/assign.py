@@ -183,12 +183,18 @@ class Scores:
         ids = torch.arange(GROUPS * self.group_size, device=centroids.device).view(GROUPS, self.group_size).T.flatten()
         self.columns = centroids[ids.clamp(max=count - 1)].T
         self.half_norms = (self.columns.square().sum(0) / 2).masked_fill(ids >= count, torch.inf)
+        self.offsets = self.half_norms
         rows = (
             rows_per_block(columns, centroids.dtype, centroids.device)
             for columns in (len(self.half_norms), COPIES * len(self.columns))
         )
         self.step = min(rows)
         self.buffer = self.half_norms.new_empty((0, len(self.half_norms)))
+
+    def set_prices(self, prices: Tensor) -> None:
+        """From now on the scores of each centroid are smaller by its price (K,)."""
+        prices = torch.nn.functional.pad(prices, (0, len(self.half_norms) - self.count))
+        self.offsets = self.half_norms + prices.view(GROUPS, self.group_size).T.flatten()
 
     def best(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's highest score, its centroid (the lowest id among equals), and the highest score of the others."""
@@ -227,7 +233,7 @@ class Scores:
         """Scores (b, group size, groups), and the highest of each group (b, groups)."""
         if len(block) > len(self.buffer):
             self.buffer = self.buffer.new_empty((len(block), len(self.half_norms)))
-        scores = torch.addmm(self.half_norms, block, self.columns, beta=-1, out=self.buffer[: len(block)])
+        scores = torch.addmm(self.offsets, block, self.columns, beta=-1, out=self.buffer[: len(block)])
         groups = scores.view(len(block), self.group_size, GROUPS)
         return groups, groups.amax(1)
 

@@ -23,6 +23,7 @@ from ..distributed import (
     world_size,
 )
 from . import faiss_engine, torch_engine
+from .bounded import BoundedClusters, bound_sizes, require_room
 from .checkpoint import Checkpoint, rows_checksum, tensor_checksum
 from .inputs import FitInput
 from .labels import assign_points
@@ -36,7 +37,10 @@ ENGINES: dict[str, Callable[[ShardedPoints, int, KMeansConfig], EngineResult]] =
     "torch": torch_engine.kmeans,
 }
 BACKENDS = ("auto", *ENGINES)
-SETTINGS = ("niter", "nredo", "backend", "spherical", "seed", "device", "tol", "max_dropped", "process_group")
+SETTINGS = (
+    *("niter", "nredo", "backend", "spherical", "seed", "device", "tol", "max_dropped"),
+    *("max_cluster_size", "process_group"),
+)
 
 
 class KMeans:
@@ -64,6 +68,9 @@ class KMeans:
         tol: ``"torch"`` stops at the iteration that lowers the objective by no more than this share of it; 0 runs until no label
             changes.
         max_dropped: the share of rows with NaN or Inf above which :meth:`fit` raises; up to it they are left out and counted.
+        max_cluster_size: no cluster has more rows; ceil(N / K) makes clusters of one size. Rows of a cluster that is full go to
+            the next, so that the sum of squared distances is small: the labels are no longer the nearest centroids, which
+            :meth:`KMeansResult.predict` returns. Not with weights. None: no bound.
         process_group: None for the default group, ``False`` for this process alone, or a group.
         progress: show iterations, objective and the time that is left, on the first rank: a bar if tqdm is installed, else lines.
 
@@ -94,6 +101,7 @@ class KMeans:
         device: torch.device | str | None = None,
         tol: float = 1e-3,
         max_dropped: float = 0.01,
+        max_cluster_size: int | None = None,
         process_group: Group | bool | None = None,
         progress: bool = False,
     ) -> None:
@@ -109,6 +117,7 @@ class KMeans:
         self.device = None if device is None else torch.device(device)
         self.tol, self.max_dropped, self.process_group = tol, max_dropped, check_process_group(process_group)
         self.progress = progress
+        self.max_cluster_size = None if max_cluster_size is None else check.positive_int("max_cluster_size", max_cluster_size)
 
     def __repr__(self) -> str:
         return f"KMeans({self.num_clusters}, {', '.join(f'{name}={getattr(self, name)!r}' for name in SETTINGS)})"
@@ -156,6 +165,7 @@ class KMeans:
         total = int(sum_over_ranks(torch.tensor(len(finite), device="cpu"), group))
         kept = RankRows(group, gather_sizes(len(points), group))
         self._require_enough(kept.total, total)
+        require_room(self._k_name, self.num_clusters, self.max_cluster_size, kept.total, weights)
         backend, device, reason = self._engine(points.device)
         kept_index, weights = (value if value is None else value[finite] for value in (index, weights))
         position = None if kept_index is None else positions(kept_index, kept)
@@ -173,8 +183,14 @@ class KMeans:
                 progress.close()
         clustered = time.perf_counter()
         assigned, own_objective = assign_points(sharded, found.centroids, found.labels, self.spherical)
-        counts = sum_over_ranks(torch.bincount(assigned, minlength=self.num_clusters), group).to(finite.device)
         objective = float(sum_over_ranks(own_objective, group))
+        clusters = BoundedClusters(found.centroids, assigned, objective)
+        seconds = {"kmeans": clustered - start, "assign": time.perf_counter() - clustered}
+        if self.max_cluster_size is not None:
+            clusters = bound_sizes(sharded, clusters, self.max_cluster_size, config)
+            seconds["bound"] = time.perf_counter() - clustered - seconds["assign"]
+        assigned = clusters.labels
+        counts = sum_over_ranks(torch.bincount(assigned, minlength=self.num_clusters), group).to(finite.device)
         if bool(finite.all()):
             labels = assigned.to(finite.device)
         else:
@@ -186,14 +202,17 @@ class KMeans:
             backend=backend,
             reason=reason,
             objectives=found.objectives,
-            objective=objective,
+            objective=clusters.objective,
             imbalance=float((counts.float() / kept.total).square().sum() * self.num_clusters),
             empty=int((counts == 0).sum()),
             reseeded=found.reseeded,
             dropped=total - kept.total,
-            seconds={"kmeans": clustered - start, "assign": time.perf_counter() - clustered},
+            seconds=seconds,
+            unbounded_objective=None if self.max_cluster_size is None else objective,
+            not_nearest=clusters.not_nearest,
         )
-        return KMeansResult(found.centroids.to(finite.device), labels, counts, objective, report, self.spherical, index)
+        centroids = clusters.centroids.to(finite.device)
+        return KMeansResult(centroids, labels, counts, clusters.objective, report, self.spherical, index)
 
     def _signature(self) -> dict[str, object]:
         settings = {name: getattr(self, name) for name in SETTINGS if name not in ("device", "process_group")}

@@ -22,6 +22,8 @@ class ClusteringReport:
         reseeded: how often an empty cluster was moved to a row of the data.
         dropped: rows with NaN or Inf, which were left out.
         seconds: duration of each stage.
+        unbounded_objective: ``objective`` before sizes were bounded by ``max_cluster_size``; None without one.
+        not_nearest: rows to which another centroid is nearer, because the sizes of clusters are bounded.
     """
 
     backend: str
@@ -33,9 +35,13 @@ class ClusteringReport:
     reseeded: int
     dropped: int
     seconds: Mapping[str, float]
+    unbounded_objective: float | None = None
+    not_nearest: int = 0
 
     def scalars(self) -> dict[str, float]:
         """Every number under its own name, for any logger."""
-        names = ("objective", "imbalance", "empty", "reseeded", "dropped")
+        names = ["objective", "imbalance", "empty", "reseeded", "dropped"]
+        if self.unbounded_objective is not None:
+            names += ["unbounded_objective", "not_nearest"]
         values = {name: float(getattr(self, name)) for name in names}
         return values | {"iterations": float(len(self.objectives))} | {f"seconds/{k}": v for k, v in self.seconds.items()}

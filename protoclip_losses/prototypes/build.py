@@ -51,6 +51,7 @@ class EpisodicClusterer:
         device: where K-means runs; None leaves it to the engine.
         warm_start: :meth:`build` starts K-means from the last centroids, so that prototypes keep their ids. The paper does not.
         max_dropped: the share of rows with NaN or Inf above which :meth:`fit` and :meth:`build` raise.
+        max_cluster_size: no cluster has more samples, as :class:`KMeans` does it; None: no bound.
         process_group: None for the default group, ``False`` for this process alone, or a group.
         progress: show each K-means' iterations, objective and the time that is left, as :class:`KMeans` does.
 
@@ -85,17 +86,21 @@ class EpisodicClusterer:
         device: torch.device | str | None = None,
         warm_start: bool = False,
         max_dropped: float = 0.01,
+        max_cluster_size: int | None = None,
         process_group: Group | bool | None = None,
         progress: bool = False,
     ) -> None:
         self.num_prototypes, self.niter, self.tol, self.nredo, self.backend = num_prototypes, niter, tol, nredo, backend
         self.spherical, self.seed, self.device, self.warm_start = spherical, seed, device, warm_start
-        self.max_dropped, self.process_group, self.progress = max_dropped, process_group, progress
+        self.max_dropped, self.max_cluster_size, self.process_group = max_dropped, max_cluster_size, process_group
+        self.progress = progress
         self.previous: Prototypes | None = None
         self._kmeans()  # raises for a bad setting
         self.labels_per_sample = check.positive_int("labels_per_sample", labels_per_sample)
         if labels_per_sample > num_prototypes:
             raise ValueError(f"labels_per_sample must be at most num_prototypes={num_prototypes}, got {labels_per_sample}")
+        if labels_per_sample > 1 and max_cluster_size is not None:
+            raise ValueError(f"labels_per_sample must be 1 with max_cluster_size={max_cluster_size}, got {labels_per_sample}")
 
     def _kmeans(self) -> KMeans:
         settings = {name: getattr(self, name) for name in (*SETTINGS, "progress")}
