@@ -107,7 +107,7 @@ class Auction:
     of all ranks. Scores are in float64, where the order of additions hardly matters: ranks and blocks change no label.
 
     Where many points compete for few clusters and the next ones are far away, a price takes many rounds to get there: after
-    every N / 4 rounds, and 100, epsilon doubles, so that it ends for any points.
+    1,000 + N / 2 rounds epsilon begins to double, every eighth of so many, so that it ends for any points.
     """
 
     def __init__(self, points: ShardedPoints, centroids: Tensor, labels: Tensor, max_size: int, epsilon: float) -> None:
@@ -119,7 +119,8 @@ class Auction:
         norms = centered.square().sum(1)
         typical = norms[norms > 0].sort().values
         smallest = SMALLEST_EPSILON * float(typical[len(typical) // 2]) if len(typical) else 1.0
-        self.epsilon = max(epsilon, smallest) / 2
+        # A power of two, which the rounding of the objective does not move: epsilon decides between points and clusters.
+        self.epsilon = 2.0 ** math.floor(math.log2(max(epsilon, smallest) / 2))
         self.level = self.epsilon / LEVELS
         self.labels = labels.clone()
         self.bids = torch.zeros(len(labels), dtype=wide, device=points.device)
@@ -128,14 +129,14 @@ class Auction:
 
     def run(self) -> Tensor:
         """The labels (n,) of this rank's points."""
-        rounds, patience = 0, 100 + self.points.total // 4
+        rounds, patience = 0, 1000 + self.points.total // 2
         while bool((overfull := _sizes(self.points, self.labels, self.num_clusters) > self.max_size).any()):
             if bool((first := overfull & ~self.was_overfull).any()):
                 self.labels[first[self.labels]] = -1  # they are there without a bid
                 self.was_overfull |= first
             else:
                 self._keep_highest_bids(overfull)
-            self._bid(self.epsilon * 2 ** (rounds // patience))
+            self._bid(self.epsilon * 2 ** max(0, 8 * rounds // patience - 7))
             rounds += 1
         return self.labels
 

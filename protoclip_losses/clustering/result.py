@@ -54,8 +54,8 @@ class KMeansResult:
     def predict(self, x: Tensor | Iterable[Any], num_labels: int = 1) -> Tensor:
         """The nearest centroids of other rows, in Euclidean distance, ties to the lowest id. In blocks: never N x K at once.
 
-        The rows that were clustered get the labels they have, but for a bound on the size of clusters. All K centroids take part: one whose cluster was empty may be the
-        nearest of a new row. No communication.
+        The rows that were clustered get the labels they have, but for a bound on the size of clusters. All K centroids take part:
+        one whose cluster was empty may be the nearest of a new row. No communication.
 
         Args:
             x: (n, D), on any device; or rows that are read in blocks, as :meth:`KMeans.fit` takes them.
