@@ -26,7 +26,8 @@ from .row_source import chosen_rows
 # Epsilon as a share of the mean squared distance from the nearest centroid: coarse while centroids still move, then fine.
 EPSILONS = (1.0, 0.1)
 SMALLEST_EPSILON = 1e-6  # as a share of the squared distance of a typical centroid from the others
-LEVELS = 1024  # of a bid, for each epsilon: rounding must not break the ties between equal rows
+ROUNDING = 1e-6  # a share of the objective that says nothing
+LEVELS = 2**20  # of a bid, for each epsilon: rounding must not break the ties between equal rows
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def bound_sizes(points: ShardedPoints, clusters: BoundedClusters, max_size: int,
             found = Auction(points, centroids, nearest, max_size, share * unbounded / points.total).run()
             means = _means(points, centroids, found, spherical)
             objective, previous = _assigned(points, means, found, spherical)[1], lowest
-            if objective < previous:
+            if objective < (1 - ROUNDING) * previous:
                 centroids, labels, lowest = means, found, objective
             if not objective < (1 - config.tol) * previous:
                 break
@@ -145,7 +146,7 @@ class Auction:
         self.scores.set_prices(self.prices)
         for part, block in self.points.blocks(chosen_rows(self.labels < 0), self.scores.step):
             best, winner, second = self.scores.best(block.to(self.origin.dtype) - self.origin)
-            gap = ((best - second) / self.level).floor() * self.level
+            gap = ((best - second) / self.level).round() * self.level
             self.labels[part], self.bids[part] = winner, self.prices[winner] + gap + epsilon
 
     def _keep_highest_bids(self, overfull: Tensor) -> None:

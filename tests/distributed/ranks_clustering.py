@@ -43,24 +43,6 @@ def fit_gives_every_rank_the_clustering_of_all_rows(rank, world_size, folder):
 
 
 @rank_case
-def clusters_of_bounded_size_are_those_of_one_process(rank, world_size, folder):
-    shares = [60] if world_size == 1 else [30, 1, 0, 29][:world_size]
-    x = torch.cat([unit(20, 4, 5, torch.float32), unit(sum(shares) - 20, 4, 6, torch.float32) + 5])
-    rows, size = own_rows(rank, shares), -(-sum(shares) // K)
-    for backend in ("torch", "faiss"):
-        bounded, whole = (
-            KMeans(K, tol=0, backend=backend, max_cluster_size=size, **group).fit(part)
-            for part, group in ((x[rows], {}), (x, LOCAL))
-        )
-        assert int(whole.counts.max()) <= size < int(KMeans(K, tol=0, **LOCAL).fit(x).counts.max())
-        assert torch.equal(bounded.labels, whole.labels[rows])
-        assert torch.equal(bounded.counts, whole.counts)
-        assert torch.allclose(bounded.centroids, whole.centroids, atol=1e-5)
-        assert bounded.report.not_nearest == whole.report.not_nearest
-        assert_same_on_every_rank(bounded.centroids, torch.tensor(bounded.objective, dtype=torch.float64))
-
-
-@rank_case
 def rows_in_blocks_weights_and_a_checkpoint_are_those_of_one_process(rank, world_size, folder):
     """All ranks stop in the third state, which rank 0 has not written: they go on from the second."""
     shares = [60] if world_size == 1 else [30, 1, 0, 25][:world_size]
