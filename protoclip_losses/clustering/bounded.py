@@ -47,17 +47,6 @@ class BoundedClusters:
     not_nearest: int = 0
 
 
-def require_room(count_name: str, num_clusters: int, max_size: int | None, total: int, weights: Tensor | None) -> None:
-    """Raise ValueError if so many rows do not fit into clusters of ``max_size``, or are weighted."""
-    if max_size is None:
-        return
-    if max_size * num_clusters < total:
-        needed = f"max_cluster_size must be at least {-(-total // num_clusters)}"
-        raise ValueError(f"{needed} for {total} finite rows in {count_name}={num_clusters} clusters, got {max_size}")
-    if weights is not None:
-        raise ValueError(f"weights must be None with max_cluster_size={max_size}, which counts rows, got a tensor")
-
-
 def bound_sizes(points: ShardedPoints, clusters: BoundedClusters, max_size: int, config: KMeansConfig) -> BoundedClusters:
     """Clusters of at most ``max_size`` points, from those where each point has the nearest centroid.
 

@@ -61,6 +61,24 @@ class FitInput:
             self._check_weights(self.weights, count, here)
         return finite_points(name, self.rows)
 
+    def require_rows(self, finite: int, total: int, max_dropped: float, max_cluster_size: int | None) -> None:
+        """Raise ValueError if too few rows of all ranks are finite, or more than have room in the clusters."""
+        if total - finite > max_dropped * total:
+            share = f"at most max_dropped={max_dropped} of its rows"
+            raise ValueError(f"{self.name} must hold NaN or Inf in {share}, got {total - finite} of {total} rows")
+        clusters = f"{self.count_name}={self.num_clusters}"
+        if finite < self.num_clusters:
+            raise ValueError(
+                f"{self.name} must have at least as many finite rows as {clusters}, got {finite}; about 10 rows for each is usual"
+            )
+        if max_cluster_size is None:
+            return
+        if max_cluster_size * self.num_clusters < finite:
+            needed = f"max_cluster_size must be at least {-(-finite // self.num_clusters)}"
+            raise ValueError(f"{needed} for {finite} finite rows in {clusters} clusters, got {max_cluster_size}")
+        if self.weights is not None:
+            raise ValueError(f"weights must be None with max_cluster_size={max_cluster_size}, which counts rows, got a tensor")
+
     def _check_weights(self, weights: Tensor, count: int, here: Tensor) -> None:
         if not isinstance(weights, Tensor):
             raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}")

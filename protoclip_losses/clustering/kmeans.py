@@ -23,7 +23,7 @@ from ..distributed import (
     world_size,
 )
 from . import faiss_engine, torch_engine
-from .bounded import BoundedClusters, bound_sizes, require_room
+from .bounded import BoundedClusters, bound_sizes
 from .checkpoint import Checkpoint, rows_checksum, tensor_checksum
 from .inputs import FitInput
 from .labels import assign_points
@@ -164,8 +164,7 @@ class KMeans:
         finite, points = validate_on_all_ranks(given.check, group, lambda: self._signature() | given.signature())
         total = int(sum_over_ranks(torch.tensor(len(finite), device="cpu"), group))
         kept = RankRows(group, gather_sizes(len(points), group))
-        self._require_enough(kept.total, total)
-        require_room(self._k_name, self.num_clusters, self.max_cluster_size, kept.total, weights)
+        given.require_rows(kept.total, total, self.max_dropped, self.max_cluster_size)
         backend, device, reason = self._engine(points.device)
         kept_index, weights = (value if value is None else value[finite] for value in (index, weights))
         position = None if kept_index is None else positions(kept_index, kept)
@@ -235,17 +234,6 @@ class KMeans:
             "checksum of weights": tensor_checksum(points.weights),
         }
         return Checkpoint(path, facts, group)
-
-    def _require_enough(self, kept: int, total: int) -> None:
-        name = self._x_name
-        if total - kept > self.max_dropped * total:
-            share = f"at most max_dropped={self.max_dropped} of its rows"
-            raise ValueError(f"{name} must hold NaN or Inf in {share}, got {total - kept} of {total} rows")
-        if kept < self.num_clusters:
-            raise ValueError(
-                f"{name} must have at least as many finite rows as {self._k_name}={self.num_clusters}, got {kept}; "
-                "about 10 rows for each is usual"
-            )
 
     def _engine(self, own_device: torch.device) -> tuple[str, torch.device, str]:
         """The engine's name, its device, and why this engine."""

@@ -6,33 +6,22 @@ own score is above the bound, it is compared with the centroids that moved alone
 per centroid most clusters settle within a few iterations.
 
     Hamerly, "Making k-means even faster", SDM 2010: one bound for each point.
-    Efraimidis, Spirakis, "Weighted random sampling with a reservoir", Inf. Process. Lett. 97 (2006): exponential keys.
     Bahmani et al., "Scalable k-means++", VLDB 2012 (k-means||): seeding in a few rounds.
 """
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._dtypes import sum_dtype
 from .assign import Scores, directions, exceeds_rounding, row_lengths, squared_distances
+from .draws import exponential_keys
 from .points import EngineResult, ShardedPoints, segment_sums_and_counts
 from .row_source import chosen_rows, stripes
 
 SEEDING_ROUNDS = 16  # k-means++ would take one round for each centroid
 STATE = ("labels", "score", "bound", "is_empty", "changed", "centroids")
-
-
-def exponential_keys(seed: int, run: int, draw: int, total: int) -> Tensor:
-    """An exponential random number for each point of all ranks: divided by weights, the smallest are a weighted draw.
-
-    Efraimidis and Spirakis (2006). The keys belong to positions, so that a draw does not depend on the number of ranks.
-    """
-    state = np.random.SeedSequence([seed, run, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    keys = torch.empty(total, dtype=torch.float32, device="cpu")
-    return keys.exponential_(generator=torch.Generator("cpu").manual_seed(int(state)))
 
 
 class Lloyd:

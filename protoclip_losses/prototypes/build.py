@@ -92,15 +92,14 @@ class EpisodicClusterer:
     ) -> None:
         self.num_prototypes, self.niter, self.tol, self.nredo, self.backend = num_prototypes, niter, tol, nredo, backend
         self.spherical, self.seed, self.device, self.warm_start = spherical, seed, device, warm_start
-        self.max_dropped, self.max_cluster_size, self.process_group = max_dropped, max_cluster_size, process_group
-        self.progress = progress
+        self.max_dropped, self.max_cluster_size = max_dropped, max_cluster_size
+        self.process_group, self.progress = process_group, progress
         self.previous: Prototypes | None = None
         self._kmeans()  # raises for a bad setting
         self.labels_per_sample = check.positive_int("labels_per_sample", labels_per_sample)
-        if labels_per_sample > num_prototypes:
-            raise ValueError(f"labels_per_sample must be at most num_prototypes={num_prototypes}, got {labels_per_sample}")
-        if labels_per_sample > 1 and max_cluster_size is not None:
-            raise ValueError(f"labels_per_sample must be 1 with max_cluster_size={max_cluster_size}, got {labels_per_sample}")
+        limit = f"1 with max_cluster_size={max_cluster_size}" if max_cluster_size else f"num_prototypes={num_prototypes}"
+        if labels_per_sample > (1 if max_cluster_size else num_prototypes):
+            raise ValueError(f"labels_per_sample must be at most {limit}, got {labels_per_sample}")
 
     def _kmeans(self) -> KMeans:
         settings = {name: getattr(self, name) for name in (*SETTINGS, "progress")}

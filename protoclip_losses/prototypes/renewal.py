@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..clustering.draws import exponential_keys
 from ..clustering.kmeans import KMeans
-from ..clustering.lloyd import exponential_keys
 from ..clustering.points import ShardedPoints, finite_rows, positions
 from ..distributed import Group, RankRows, sum_over_ranks, world_size
 from ..kernels.sizes import rows_per_copy

@@ -252,7 +252,7 @@ def test_the_prototypes_of_an_episode_have_bounded_counts():
     prototypes = EpisodicClusterer(20, max_cluster_size=10).build(bank)
     for term in prototypes.terms.values():
         assert sizes(term.labels, 20).tolist() == [10] * 20
-    with pytest.raises(ValueError, match="labels_per_sample must be 1 with max_cluster_size=10, got 2"):
+    with pytest.raises(ValueError, match="labels_per_sample must be at most 1 with max_cluster_size=10, got 2"):
         EpisodicClusterer(20, max_cluster_size=10, labels_per_sample=2)
 
 

@@ -407,7 +407,7 @@ def test_a_repr_says_what_it_is():
     kmeans = KMeans(3, seed=7, tol=0, spherical=True)
     assert repr(kmeans) == (
         "KMeans(3, niter=20, nredo=1, backend='auto', spherical=True, seed=7, device=None, tol=0, max_dropped=0.01, "
-        "process_group=None)"
+        "max_cluster_size=None, process_group=None)"
     )
     assert repr(EpisodicClusterer(4)).startswith("EpisodicClusterer(4, niter=20, ")
     assert repr(EpisodicClusterer(4, warm_start=True)).endswith(", process_group=None, warm_start=True)")
