@@ -148,7 +148,7 @@ def what_one_rank_cannot_write_is_an_error_on_all(rank, world_size, folder):
 @rank_case(world_sizes=(2,))
 def a_teacher_that_one_rank_does_not_have_is_an_error_on_all(rank, world_size, folder):
     file = folder / f"teacher.{rank}.npy"
-    options = argparse.Namespace(proto_teacher=[("words", str(file))], proto_teacher_dim=2)
+    options = argparse.Namespace(proto_teacher=[("words", str(file))], proto_teacher_dim=2, proto_online=False)
     info = argparse.Namespace(shared_epoch=None, dataloader=argparse.Namespace(dataset=range(10)))
     if rank == 0:
         np.save(file, np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32))
@@ -171,7 +171,7 @@ class Table:
 
 @rank_case(world_sizes=(2,))
 def words_are_the_same_on_all_ranks_and_those_of_one_process(rank, world_size, folder):
-    options = argparse.Namespace(proto_teacher=[("words", None)], proto_teacher_dim=6)
+    options = argparse.Namespace(proto_teacher=[("words", None)], proto_teacher_dim=6, proto_online=False)
     data = Table([*captions(), float("nan")])
     info = argparse.Namespace(shared_epoch=None, dataloader=argparse.Namespace(dataset=data))
     teacher, index = read_teachers(options, info)["words"], torch.arange(len(data))
