@@ -134,7 +134,7 @@ def main() -> None:
     print(f"{len(runs)} runs planned, {len(pending)} left", flush=True)
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(Settings(**run.changed).precision == "bf16" for run in pending):
         print(
-            "warning: this processor has no products of bfloat16, in which image encoders run: a step takes a hundred times as "
+            "warning: this processor has no products of bfloat16, in which image encoders run: a step takes many times as "
             'long. "precision": "fp32" in the plan\'s settings runs them in float32, for all arms that are compared',
             flush=True,
         )

@@ -31,11 +31,11 @@ LEVELS = 2**20  # of a bid, for each epsilon: rounding must not break the ties b
 
 
 @dataclass(frozen=True)
-class BoundedClusters:
-    """Clusters of at most so many rows.
+class Assignment:
+    """Centroids and the points that are assigned to them.
 
     Attributes:
-        centroids: (K, D) float32, the means of the members.
+        centroids: (K, D) float32.
         labels: (n,) int64 of this rank's points.
         objective: sum of squared distances, over all ranks.
         not_nearest: points of all ranks to which another centroid is nearer.
@@ -47,7 +47,7 @@ class BoundedClusters:
     not_nearest: int = 0
 
 
-def bound_sizes(points: ShardedPoints, clusters: BoundedClusters, max_size: int, config: KMeansConfig) -> BoundedClusters:
+def bound_sizes(points: ShardedPoints, clusters: Assignment, max_size: int, config: KMeansConfig) -> Assignment:
     """Clusters of at most ``max_size`` points, from those where each point has the nearest centroid.
 
     For each epsilon assignment and means alternate, until the objective falls by no more than ``tol``, or ``niter`` times.
@@ -55,19 +55,19 @@ def bound_sizes(points: ShardedPoints, clusters: BoundedClusters, max_size: int,
     centroids, spherical = clusters.centroids.to(points.device), config.spherical
     if not bool((_sizes(points, clusters.labels, len(centroids)) > max_size).any()):
         return clusters
-    labels, lowest = clusters.labels, math.inf
+    labels = nearest = clusters.labels
+    unbounded, lowest = clusters.objective, math.inf
     for share in EPSILONS:
         for _ in range(config.niter):
-            nearest, unbounded = _assigned(points, centroids, None, spherical)
             found = Auction(points, centroids, nearest, max_size, share * unbounded / points.total).run()
             means = _means(points, centroids, found, spherical)
             objective, previous = _assigned(points, means, found, spherical)[1], lowest
             if objective < (1 - ROUNDING) * previous:
                 centroids, labels, lowest = means, found, objective
+                nearest, unbounded = _assigned(points, centroids, None, spherical)
             if not objective < (1 - config.tol) * previous:
                 break
-    moved = _assigned(points, centroids, None, spherical)[0] != labels
-    return BoundedClusters(centroids, labels, lowest, int(points.sum(moved.sum())))
+    return Assignment(centroids, labels, lowest, int(points.sum((nearest != labels).sum())))
 
 
 def _sizes(points: ShardedPoints, labels: Tensor, num_clusters: int) -> Tensor:

@@ -23,7 +23,7 @@ from ..distributed import (
     world_size,
 )
 from . import faiss_engine, torch_engine
-from .bounded import BoundedClusters, bound_sizes
+from .bounded import Assignment, bound_sizes
 from .checkpoint import Checkpoint, rows_checksum, tensor_checksum
 from .inputs import FitInput
 from .labels import assign_points
@@ -183,7 +183,7 @@ class KMeans:
         clustered = time.perf_counter()
         assigned, own_objective = assign_points(sharded, found.centroids, found.labels, self.spherical)
         objective = float(sum_over_ranks(own_objective, group))
-        clusters = BoundedClusters(found.centroids, assigned, objective)
+        clusters = Assignment(found.centroids, assigned, objective)
         seconds = {"kmeans": clustered - start, "assign": time.perf_counter() - clustered}
         if self.max_cluster_size is not None:
             clusters = bound_sizes(sharded, clusters, self.max_cluster_size, config)

@@ -128,9 +128,12 @@ class Lloyd:
             distances[rows] = squared_distances(self._scored(block), own).to(distances.dtype)
         return distances
 
-    def _point_distances(self) -> Tensor:
-        """Squared distance of each point from its centroid: with ``spherical``, |p - c|^2 = |p| |p / |p| - c|^2 + (|p| - 1)^2."""
-        distances = self._squared_distances()
+    def _point_distances(self, distances: Tensor | None = None) -> Tensor:
+        """Squared distance of each point from its centroid: with ``spherical``, |p - c|^2 = |p| |p / |p| - c|^2 + (|p| - 1)^2.
+
+        From ``distances`` (n,) of what is scored, if they are known.
+        """
+        distances = self._squared_distances() if distances is None else distances
         return distances * self.lengths + (self.lengths - 1).square() if self.spherical else distances
 
     def _objective(self) -> Tensor:
@@ -212,8 +215,7 @@ class Lloyd:
         distances = self._squared_distances()
         for part in stripes(len(distances)):
             is_equal[part] = ~self._is_apart(distances[part], self.squared_norms[part])
-        del distances
-        points, _ = self._draw(len(empty), seed, run, draw, self._point_distances(), is_equal)
+        points, _ = self._draw(len(empty), seed, run, draw, self._point_distances(distances), is_equal)
         self._place(empty[: len(points)], points)
         return len(points)
 

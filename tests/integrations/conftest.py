@@ -60,7 +60,7 @@ def clusters(words):
 
 @pytest.fixture(scope="module")
 def command_clusters(words, tmp_path_factory):
-    """The folder that the command writes, in a process of its own, of the same features."""
+    """What ``python -m protoclip_losses.cluster`` writes for the features of ``words``."""
     folder = tmp_path_factory.mktemp("command")
     np.save(folder / "words.npy", words[torch.arange(len(words))].numpy())
     arguments = [str(folder / "words.npy"), "--num-clusters", "4", "--out", str(folder / "clusters"), "--quiet"]
