@@ -15,8 +15,6 @@ import json
 import os
 import statistics
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +23,8 @@ from torch import Tensor
 
 from protoclip_losses import Clustering, ClusteringReport, EpisodicClusterer, FeatureBank, KMeansResult, ProtoLoss
 
-from .large_clustering import anonymous_bytes, now
-from .measure import in_new_process, machine
+from .large_clustering import now
+from .measure import anonymous_bytes, in_new_process, machine, peak_anonymous_bytes
 
 BLOCK = 2**20
 FORMS = {"result": "KMeansResult, int64", "narrow": "Clustering, int32"}
@@ -85,14 +83,7 @@ def train(folder: Path, form: str, rows: int, args: argparse.Namespace) -> dict[
     small = Clustering(torch.randn(args.clusters, args.width), torch.zeros(1, dtype=torch.int64))
     sample = FeatureBank.from_features(torch.zeros(1, dtype=torch.int64), image=torch.ones(1, 2), text=torch.ones(1, 2))
     clusterer.build(sample, [small], internal=False)  # thread pools and lazy imports
-    before, peak = anonymous_bytes(), [0]
-
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], anonymous_bytes())
-            time.sleep(0.005)
-
-    threading.Thread(target=watch, daemon=True).start()
+    before, peak = anonymous_bytes(), peak_anonymous_bytes()
 
     def timed(stage: str, start: tuple[float, float]) -> None:
         spent[stage].append((now()[0] - start[0], now()[1] - start[1]))

@@ -11,7 +11,6 @@ process itself; pages of the file, which the system may drop at any time, are no
 import argparse
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from protoclip_losses import KMeans
 from protoclip_losses.clustering.progress import Progress
 
-from .measure import in_new_process, machine
+from .measure import anonymous_bytes, in_new_process, machine, peak_anonymous_bytes
 
 BLOCK = 2**15
 STAGES = ("first reading and seeding", "iterations", "labels", "predict")
@@ -50,11 +49,6 @@ class Blocks:
         return (self.file[start : start + BLOCK] for start in range(0, len(self.file), BLOCK))
 
 
-def anonymous_bytes() -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
 class Clock(Progress):
     """When each iteration ended."""
 
@@ -69,14 +63,7 @@ def cluster(path: str, form: str, clusters: int, niter: int) -> dict[str, float]
     """Run in the new process."""
     file = np.load(path, mmap_mode="r")
     KMeans(50, niter=1).fit(file[:2000])  # thread pools and lazy imports
-    before, peak, clock = anonymous_bytes(), [0], Clock()
-
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], anonymous_bytes())
-            time.sleep(0.005)
-
-    threading.Thread(target=watch, daemon=True).start()
+    before, peak, clock = anonymous_bytes(), peak_anonymous_bytes(), Clock()
     Progress.update = lambda self, run, objectives: clock.update(run, objectives)  # type: ignore[method-assign]
     start = now()
     result = KMeans(clusters, niter=niter, tol=0, progress=True).fit(Blocks(file) if form == "blocks" else file)
