@@ -27,7 +27,7 @@ ARMS = {
     "words_online": "captions' words as teacher, online mode",
     "minilm_reuse": "MiniLM, a pretrained model, as teacher",
     "both_distill": "words and MiniLM as teachers and distilled",
-    "clip_same_time": "CLIP with 10% more passes",
+    "clip_same_time": "CLIP with more passes, in as much time",
 }
 
 

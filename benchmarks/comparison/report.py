@@ -55,10 +55,10 @@ METRICS = {
 }
 NOT_PERCENT = ("ari", "ami", "modality_gap")
 CURVES = {
-    "zero_shot_group": "zero-shot, 9 groups",
-    "zero_shot_subgroup": "zero-shot, 99 subgroups",
-    "ridge_probe_group": "ridge probe, 9 groups",
-    "ridge_probe_subgroup": "ridge probe, 99 subgroups",
+    "zero_shot_group": "zero-shot, groups",
+    "zero_shot_subgroup": "zero-shot, subgroups",
+    "ridge_probe_group": "ridge probe, groups",
+    "ridge_probe_subgroup": "ridge probe, subgroups",
     "image_to_text_recall@5": "image to text, R@5",
     "text_to_image_recall@5": "text to image, R@5",
 }
