@@ -75,6 +75,9 @@ DRAWN = {
     "clip_same_time": ("CLIP, as much time", "0.55", ":"),
     "words_distill": ("words as teacher and distilled", "C3", "--"),
 }
+# Also compared with these two: the same time without the words, and the words without prototypes.
+OTHER_BASES = ("clip_same_time", "distill_words")
+OF_WORDS = ("words_reuse", "words_distill")
 CLOCK = "cpu_s"  # CPU time of the process does not depend on what else the machine runs
 
 Runs = Mapping[str, Mapping[int, Curve]]
@@ -225,7 +228,9 @@ def main() -> None:
     for part in PARTS:
         if part == "validation" or not any(name.startswith(f"{part}/") for name in runs[BASE][min(runs[BASE])][-1]):
             continue
-        (folder / f"{part}.rst").write_text(differences(runs, part) + levels(runs, part))
+        others = ({arm: runs[arm] for arm in (base, *OF_WORDS) if arm in runs} for base in OTHER_BASES if base in runs)
+        tables = [differences(runs, part), *(differences(found, part, next(iter(found))) for found in others), levels(runs, part)]
+        (folder / f"{part}.rst").write_text("".join(tables))
     if ABLATED in runs:
         ablations = {arm: seeds for arm, seeds in runs.items() if arm in (ABLATED, *ABLATIONS)}
         (folder / "ablation.rst").write_text(differences(ablations, "concepts", ABLATED))
