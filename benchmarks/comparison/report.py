@@ -17,7 +17,7 @@ Differences are paired by seed, with 95% intervals (Student's t). Values are per
 import argparse
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -137,6 +137,12 @@ def curves_of(runs: Runs) -> dict[str, str]:
     return {key: title for key, title in CURVES.items() if final(runs[BASE], f"validation/{key}")}
 
 
+def against(runs: Runs, part: str, base: str, arms: Sequence[str]) -> str:
+    """Differences of these arms alone to this base; empty where it was not run, or none of them."""
+    found = {arm: seeds for arm, seeds in runs.items() if arm in (base, *arms)}
+    return differences(found, part, base) if base in found and len(found) > 1 else ""
+
+
 def shares(runs: Runs) -> str:
     """Share of CLIP's training time after which an arm's mean curve reaches the best point of CLIP's mean curve."""
     names = {f"validation/{key}": title for key, title in curves_of(runs).items()}
@@ -228,12 +234,10 @@ def main() -> None:
     for part in PARTS:
         if part == "validation" or not any(name.startswith(f"{part}/") for name in runs[BASE][min(runs[BASE])][-1]):
             continue
-        others = ({arm: runs[arm] for arm in (base, *OF_WORDS) if arm in runs} for base in OTHER_BASES if base in runs)
-        tables = [differences(runs, part), *(differences(found, part, next(iter(found))) for found in others), levels(runs, part)]
-        (folder / f"{part}.rst").write_text("".join(tables))
+        others = "".join(against(runs, part, base, OF_WORDS) for base in OTHER_BASES)
+        (folder / f"{part}.rst").write_text(differences(runs, part) + others + levels(runs, part))
     if ABLATED in runs:
-        ablations = {arm: seeds for arm, seeds in runs.items() if arm in (ABLATED, *ABLATIONS)}
-        (folder / "ablation.rst").write_text(differences(ablations, "concepts", ABLATED))
+        (folder / "ablation.rst").write_text(against(runs, "concepts", ABLATED, ABLATIONS))
     (folder / "time.rst").write_text(shares(runs) + costs(runs))
     draw(runs, args.figure)
 

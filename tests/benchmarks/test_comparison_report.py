@@ -11,8 +11,9 @@ import benchmarks
 from benchmarks.comparison.headline import RESULTS, TABLES, Table, markdown, rows_of
 from benchmarks.comparison.icon_metrics import COLUMNS as ICON_COLUMNS
 from benchmarks.comparison.metrics import COLUMNS
+from benchmarks.comparison.report import against, shown
 from benchmarks.comparison.run import ABOUT, STAGES, Run, append
-from benchmarks.comparison.stats import read_table, score
+from benchmarks.comparison.stats import paired, read_table, score
 
 BENCHMARKS = Path(benchmarks.__file__).parent
 
@@ -176,3 +177,12 @@ def test_readme_has_the_figures_of_the_committed_runs(table):
     expected = markdown(table, read_table(RESULTS / table.file))
     assert expected in readme
     assert (table.title in readme) == bool(expected)
+
+
+def test_arms_against_another_base():
+    runs = read_table(RESULTS / "icons.csv")
+    text = against(runs, "test", "clip_same_time", ["words_distill"])
+    gain = paired(runs["words_distill"], runs["clip_same_time"], "test/linear_probe_group")
+    assert cells(text, "Difference to clip_same_time", "words_distill")["probe"] == shown("linear_probe_group", gain)
+    assert "words_reuse" not in text
+    assert against(runs, "test", "not run", ["words_distill"]) == against(runs, "test", "clip", ["not run"]) == ""
